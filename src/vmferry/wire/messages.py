@@ -100,8 +100,6 @@ class DeviceState(Message, tag="device-state"):
 class Loaded(Message, tag="loaded"):
     """Destination: the device state is loaded; waiting for the commit."""
 
-    seconds: float
-
 
 class LoadFailed(Message, tag="load-failed"):
     """Destination: its QEMU refused the device state or died; it is gone now."""
@@ -114,10 +112,12 @@ class Commit(Message, tag="commit"):
 
 
 class Resumed(Message, tag="resumed"):
-    """Destination: the guest runs here. `at_ns` is its RESUME event on CLOCK_REALTIME."""
+    """Destination: the guest runs here."""
 
-    at_ns: int
-    start_seconds: float
+    ago_s: float
+    """Seconds from the guest's RESUME event to the sending of this message."""
+    start_s: float
+    """Seconds from the receipt of Commit to the RESUME event."""
 
 
 class DigestRequest(Message, tag="digest-request"):
@@ -133,27 +133,37 @@ class Digests(Message, tag="digests"):
     discarded: list[tuple[int, int, int]] = []
 
 
-class FaultReport(Message, tag="fault-report"):
-    """Destination: demand paging is over; what it cost."""
-
-    network_faults: int
-    prefetch_hits: int
-    zero_faults: int
-    fault_latency_us_p50: float
-    fault_latency_us_p99: float
-    fault_latency_us_max: float
-    guest_stall_ms: float
-    discarded_pages: int
-
-
 class Finished(Message, tag="finished"):
     """Source: nothing depends on me any more. The destination answers Farewell."""
 
 
-class Farewell(Message, tag="farewell"):
-    """Destination: the move is over here too; `timeline` holds its events (realtime ns, name, detail)."""
+class FaultCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What demand paging cost at the destination."""
 
-    timeline: list[tuple[int, str, str]]
+    network_faults: int = 0
+    prefetch_hits: int = 0
+    zero_faults: int = 0
+    latency_us_p50: float = 0.0
+    latency_us_p99: float = 0.0
+    latency_us_max: float = 0.0
+    stall_ms: float = 0.0
+    discarded_pages: int = 0
+
+
+class PastEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An event of the destination's timeline: `ago_s` before this message was sent, so that the
+    clocks of the two hosts need not agree."""
+
+    ago_s: float
+    name: str
+    detail: str = ""
+
+
+class Farewell(Message, tag="farewell"):
+    """Destination: the move is over here too."""
+
+    faults: FaultCosts
+    timeline: list[PastEvent]
     cpu_seconds: float
 
 
@@ -165,6 +175,15 @@ class Abort(Message, tag="abort"):
 
 class Aborted(Message, tag="aborted"):
     """Everything undone here."""
+
+
+class Verdict(Message, tag="verdict"):
+    """Source, first message of a new control connection: how a move ended whose connection broke
+    between Loaded and Resumed. Answered by Resumed (committed) or Aborted (not), or Refuse when
+    no such move waits."""
+
+    move: str
+    committed: bool
 
 
 PeerMessage = (
@@ -180,9 +199,9 @@ PeerMessage = (
     | Resumed
     | DigestRequest
     | Digests
-    | FaultReport
     | Finished
     | Farewell
     | Abort
     | Aborted
+    | Verdict
 )
