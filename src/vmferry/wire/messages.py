@@ -67,6 +67,8 @@ class Offer(Message, tag="offer"):
     cards: list[NetworkCard] = []
     demand_paging: bool
     verify: bool
+    running: bool
+    """Whether the guest runs now; a paused guest stays paused at the destination."""
     streams: int
     """Bulk page streams that will be opened, the urgent one not counted."""
 

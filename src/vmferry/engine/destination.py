@@ -1,0 +1,337 @@
+"""A move, seen from the destination: from the offer to a guest that depends on nothing elsewhere.
+
+Nothing here ever resumes the guest without the source's word that it has been fenced. Up to that
+word whatever ends the move leaves nothing behind. Between Loaded and that word this side may not
+decide: if the connection breaks there, the guest is held paused until a verdict comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import secrets
+import time
+
+from vmferry import _core
+from vmferry._core import Memory, PageSet, Receiver
+from vmferry.engine.attachment import demand_paged
+from vmferry.engine.deadman import DeadMan, Discard, Run
+from vmferry.engine.arrival import Waiting, prepare
+from vmferry.engine.line import Line
+from vmferry.engine.ports import ChannelLike, DestinationHost, StreamDesk
+from vmferry.engine.steps import Step, Timeline
+from vmferry.engine.surely import surely
+from vmferry.errors import FerryError, PeerError, Refused
+from vmferry.wire import messages as m
+from vmferry.wire.protocol import ProtocolViolation, Side, State
+
+STREAMS_LIMIT_S = 30.0
+LOAD_LIMIT_S = 60.0
+"""Loading reads guest memory, so with post-copy it may wait for pages."""
+DRAIN_LIMIT_S = 30.0
+"""For the streams to end after the source has said that it is finished."""
+
+_in_doubt: dict[str, asyncio.Future[tuple[ChannelLike, m.Verdict]]] = {}
+"""Moves that wait for a verdict, by their id."""
+
+
+async def receive(
+    channel: ChannelLike, offer: m.Offer, desk: StreamDesk, host: DestinationHost
+) -> None:
+    """Takes one guest. Owns the channel until it returns; raises nothing that a peer can cause.
+
+    Cancelling the calling task (the daemon ends) undoes the arrival up to the commit.
+    """
+    move = DestinationMove(channel, offer, desk, host)
+    try:
+        await move.run()
+    finally:
+        await surely(channel.close())
+
+
+async def settle(channel: ChannelLike, verdict: m.Verdict) -> None:
+    """A verdict on a move whose connection broke; answers when it has been carried out."""
+    waiting = _in_doubt.get(verdict.move)
+    if waiting is None or waiting.done():
+        with contextlib.suppress(PeerError):
+            await channel.send(m.Refuse(reason="no such move waits for a verdict here"))
+        return
+    waiting.set_result((channel, verdict))
+    # The move itself answers on this channel; the peer closes it when it has the answer.
+    with contextlib.suppress(PeerError):
+        await channel.receive(60)
+
+
+class DestinationMove:
+    """The state of one incoming move, and its undoing."""
+
+    def __init__(
+        self, channel: ChannelLike, offer: m.Offer, desk: StreamDesk, host: DestinationHost
+    ) -> None:
+        self._channel = channel
+        self._offer = offer
+        self._desk = desk
+        self._host = host
+        self._line = Line(channel, Side.DESTINATION, "the source")
+        self._line.hold(offer)
+        self._timeline = Timeline(Side.DESTINATION.value, host.state_dir, lambda event: None)
+        self._cpu_s = _cpu_s()
+        self._deadman: DeadMan | None = None
+        self._waiting: Waiting | None = None
+        self._receiver: Receiver | None = None
+        self._receiving: asyncio.Task[None] | None = None
+        self._ours = False
+        """Whether the commit has been heard: from then on the guest is this side's."""
+
+    async def run(self) -> None:
+        """Serves the whole move."""
+        try:
+            await self._take()
+            await self._serve()
+            await surely(self._end())
+        except asyncio.CancelledError:
+            await surely(self._undo("the destination's daemon is ending"))
+            raise
+        except Refused as error:
+            await surely(self._refuse(str(error)))
+        except (FerryError, ProtocolViolation, _core.CoreError, OSError) as error:
+            await surely(self._undo(str(error)))
+
+    # --- the way there ------------------------------------------------------------------------
+
+    async def _take(self) -> None:
+        offer = self._offer
+        self._deadman = await DeadMan.arm(self._host.state_dir / "deadman.log")
+        self._waiting = waiting = await prepare(offer, self._host)
+        self._deadman.will(self._discard(waiting))
+        await self._timeline.reach(Step.QEMU_STARTED, f"pid {waiting.process.pid}")
+        await waiting.ready(offer)
+        token = secrets.token_bytes(16)
+        arriving = asyncio.ensure_future(self._desk.expect(token, offer.streams))
+        try:
+            await self._line.say(
+                m.Ready(token=token, pid=waiting.process.pid, changes=waiting.changes)
+            )
+            await self._timeline.reach(Step.READY)
+            async with asyncio.timeout(STREAMS_LIMIT_S):
+                broken = asyncio.create_task(self._line.wait_broken())
+                await asyncio.wait({arriving, broken}, return_when=asyncio.FIRST_COMPLETED)
+                broken.cancel()
+                if not arriving.done():
+                    raise broken.result() if broken.done() else PeerError("the source went away")
+                bulk, urgent = arriving.result()
+        except TimeoutError:
+            raise PeerError("the source opened no page streams") from None
+        finally:
+            arriving.cancel()
+        self._receiver = Receiver(waiting.memory, bulk, urgent)
+        if waiting.userfaultfd is not None:
+            blocks = [
+                index
+                for index, block in enumerate(waiting.memory.blocks)
+                if demand_paged(block.name, block.length)
+            ]
+            self._receiver.serve_faults(waiting.take_userfaultfd(), blocks, offer.verify)
+        self._receiving = asyncio.create_task(asyncio.to_thread(self._receiver.wait))
+        await self._timeline.reach(Step.STREAMS_OPEN)
+
+    async def _serve(self) -> None:
+        """Answers messages until the source has finished."""
+        while self._line.conversation.state is not State.FINISHING:
+            message = await self._next()
+            match message:
+                case m.Switch():
+                    self._held().draw_network(message.cards)
+                case m.DigestRequest():
+                    await self._line.say(await asyncio.to_thread(self._digests))
+                case m.DeviceState():
+                    await self._load(message)
+                case m.Commit():
+                    await self._line.say(await self._resume())
+                case m.Abort():
+                    raise PeerError(message.reason)
+                case _:
+                    pass
+
+    async def _next(self) -> m.PeerMessage:
+        """The next message; the death of the waiting QEMU or of a stream ends the wait."""
+        watched = {self._held().died}
+        if not self._ours and self._receiving is not None:
+            watched.add(self._receiving)
+        getter = asyncio.create_task(self._line.next())
+        try:
+            await asyncio.wait({getter, *watched}, return_when=asyncio.FIRST_COMPLETED)
+            if getter.done():
+                return getter.result()
+            if self._held().died.done():
+                raise PeerError(f"the waiting QEMU ended: {self._held().last_words()}")
+            if self._receiving is not None and self._receiving.done():
+                self._receiving.result()
+            return await getter
+        except PeerError as error:
+            if self._line.conversation.state is State.LOADED and not self._ours:
+                return await self._await_verdict(error)
+            raise
+        except _core.CoreError as error:
+            # The source closes its streams when it gives up: its reason comes by message.
+            with contextlib.suppress(FerryError, TimeoutError):
+                async with asyncio.timeout(5):
+                    return await getter
+            if self._line.conversation.state is State.LOADED and not self._ours:
+                return await self._await_verdict(PeerError(str(error)))
+            raise
+        finally:
+            getter.cancel()
+
+    async def _await_verdict(self, reason: PeerError) -> m.PeerMessage:
+        """In doubt: paused, complete, without a lock. Only the source knows how it ended."""
+        waiting: asyncio.Future[tuple[ChannelLike, m.Verdict]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        _in_doubt[self._offer.move] = waiting
+        try:
+            channel, verdict = await waiting
+        finally:
+            _in_doubt.pop(self._offer.move, None)
+        if not verdict.committed:
+            await self._kill()
+            with contextlib.suppress(PeerError):
+                await channel.send(m.Aborted())
+            raise reason
+        with contextlib.suppress(PeerError):
+            await channel.send(await self._resume())
+        raise reason
+
+    async def _load(self, message: m.DeviceState) -> None:
+        waiting = self._held()
+        try:
+            await waiting.guest.load_device_state(message.data, LOAD_LIMIT_S)
+        except FerryError as error:
+            await self._kill()
+            await self._line.say(m.LoadFailed(reason=f"the destination's QEMU: {error}"))
+            raise
+        # In doubt from here: the will may not kill what may be the only copy.
+        self._dead().will()
+        await self._line.say(m.Loaded())
+        await self._timeline.reach(Step.LOADED)
+
+    async def _resume(self) -> m.Resumed:
+        waiting = self._held()
+        began = time.monotonic()
+        self._ours = True
+        process = waiting.process
+        self._dead().will(Run(process.qmp, process.pid, process.start_time))
+        if not self._offer.running:
+            self._timeline.note(Step.COMMITTED, "the guest was paused and stays so")
+            return m.Resumed(ago_s=0.0, start_s=0.0)
+        resumed_ns = await waiting.guest.cont()
+        ago_s = (time.time_ns() - resumed_ns) / 1e9
+        self._timeline.note(Step.RESUMED)
+        return m.Resumed(ago_s=ago_s, start_s=time.monotonic() - ago_s - began)
+
+    async def _end(self) -> None:
+        """The source depends on us for nothing, and soon we depend on it for nothing."""
+        waiting, receiver = self._held(), self._receiver
+        assert receiver is not None
+        assert self._receiving is not None
+        async with asyncio.timeout(DRAIN_LIMIT_S):
+            await self._receiving
+        faults = receiver.fault_stats()
+        await asyncio.to_thread(receiver.release)
+        await waiting.let_go()
+        self._timeline.note(Step.FINISHED)
+        now = self._timeline.elapsed_s()
+        await self._line.say(
+            m.Farewell(
+                faults=m.FaultCosts(
+                    network_faults=faults.network_faults,
+                    prefetch_hits=faults.served_under_way,
+                    zero_faults=faults.zero_faults,
+                    latency_us_p50=faults.latency_us_p50,
+                    latency_us_p99=faults.latency_us_p99,
+                    latency_us_max=faults.latency_us_max,
+                    stall_ms=faults.stall_ms,
+                    discarded_pages=faults.discarded_pages,
+                ),
+                timeline=[
+                    m.PastEvent(now - event.at_s, event.name, event.detail)
+                    for event in self._timeline.events
+                ],
+                cpu_seconds=_cpu_s() - self._cpu_s,
+            )
+        )
+        await self._dead().dismiss()
+        await self._line.close()
+
+    def _digests(self) -> m.Digests:
+        receiver, memory = self._receiver, self._held().memory
+        assert receiver is not None
+        if not self._offer.demand_paging:
+            return m.Digests(data=memory.digests())
+        discarded = receiver.discarded()
+        return m.Digests(
+            data=receiver.installed_digests(),
+            discarded=[
+                (block, start, stop)
+                for block in range(len(memory.shape))
+                for start, stop in discarded.ranges(block)
+            ],
+        )
+
+    # --- the ways back ------------------------------------------------------------------------
+
+    def _discard(self, waiting: Waiting) -> Discard:
+        process = waiting.process
+        return Discard(process.pid, process.start_time, [str(file) for file in waiting.files])
+
+    async def _kill(self) -> None:
+        if self._receiver is not None:
+            self._receiver.cancel()
+        if self._waiting is not None:
+            await self._waiting.discard()
+            self._waiting = None
+
+    async def _refuse(self, reason: str) -> None:
+        await self._kill()
+        with contextlib.suppress(PeerError, ProtocolViolation):
+            if self._line.conversation.state is State.OFFERED:
+                await self._line.say(m.Refuse(reason=reason))
+        await self._close()
+
+    async def _undo(self, reason: str) -> None:
+        """Before the commit: leave nothing. After it: the guest is ours and stays."""
+        if self._ours:
+            if self._waiting is not None:
+                await self._waiting.let_go()
+            await self._close()
+            return
+        await self._kill()
+        with contextlib.suppress(PeerError, ProtocolViolation):
+            state = self._line.conversation.state
+            if state is State.ABORTING:
+                await self._line.say(m.Aborted())
+            elif state not in (State.ABORTED, State.GREETED):
+                await self._line.say(m.Abort(reason=reason))
+        await self._close()
+
+    async def _close(self) -> None:
+        await self._line.close()
+        if self._receiving is not None:
+            await asyncio.gather(self._receiving, return_exceptions=True)
+        if self._deadman is not None:
+            await self._deadman.dismiss()
+
+    def _held(self) -> Waiting:
+        assert self._waiting is not None
+        return self._waiting
+
+    def _dead(self) -> DeadMan:
+        assert self._deadman is not None
+        return self._deadman
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,96 @@
+"""The fence: after it the source's guest can never run again, and its memory is still there.
+
+The keeper is a child that shares the QEMU's memory and runs nothing (shared recovery notes;
+docs/failure-contract.md). With it made, the QEMU is killed and proven gone by its pidfd; every page
+stays readable and scannable through the keeper's pid until the keeper is let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+from vmferry import _core
+from vmferry.errors import GuestError
+from vmferry.guest.process import GuestProcess
+
+PROOF_LIMIT_S = 10.0
+"""A killed QEMU is gone in under a millisecond; only one stuck in the kernel takes longer."""
+
+
+class Fence:
+    """The keeper of one guest, and the kill that makes it the only holder of its memory."""
+
+    def __init__(self, process: GuestProcess, keeper: int) -> None:
+        self.keeper = keeper
+        self._process = process
+
+    @classmethod
+    async def prepare(cls, process: GuestProcess) -> Fence:
+        """Makes the keeper; the guest itself is not disturbed and may still be continued."""
+        try:
+            keeper = await asyncio.to_thread(_core.make_keeper, process.pid)
+        except (OSError, _core.CoreError) as error:
+            raise GuestError(
+                f"no keeper could be made for guest {process.name} (pid {process.pid}): {error}"
+            ) from error
+        _leave_cgroup(keeper)
+        return cls(process, keeper)
+
+    async def kill(self) -> None:
+        """Kills the guest's process and returns when the kernel says that it is gone."""
+        await kill_process(self._process.pid, self._process.start_time)
+
+    async def release(self) -> None:
+        """Frees the memory: the keeper ends."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.keeper, signal.SIGKILL)
+
+
+async def kill_process(pid: int, start_time: int) -> None:
+    """SIGKILL, and the proof: returns when the process is gone; GuestError if it will not go.
+
+    A pid that belongs to another process by now (`start_time`, field 22 of /proc/PID/stat) counts
+    as gone.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not _is_same(pid, start_time):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        loop = asyncio.get_running_loop()
+        gone = loop.create_future()
+        loop.add_reader(pidfd, lambda: gone.done() or gone.set_result(None))
+        try:
+            async with asyncio.timeout(PROOF_LIMIT_S):
+                await gone
+        except TimeoutError:
+            raise GuestError(f"pid {pid} was killed and is still not gone") from None
+        finally:
+            loop.remove_reader(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _is_same(pid: int, start_time: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return int(stat.rpartition(")")[2].split()[19]) == start_time
+
+
+def _leave_cgroup(keeper: int) -> None:
+    # A service manager that cleans up after a dead QEMU kills everything in its cgroup.
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup") / controllers.removeprefix("name=")
+        with contextlib.suppress(OSError):
+            (root / path.lstrip("/") / "cgroup.procs").write_text(str(keeper))

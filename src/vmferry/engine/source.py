@@ -1,0 +1,405 @@
+"""A move, seen from the source: from the order to the report.
+
+The failure contract in one sentence: until `Fence.kill` has begun, any error, cancellation or death
+leaves the guest running here as it was; from then on the guest is the destination's, and this side
+only helps. docs/failure-contract.md has the table, with a test for each row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+import uuid
+from typing import TypeVar
+
+from vmferry import __version__, _core
+from vmferry._core import Memory, Sender
+from vmferry.engine.attachment import Attachment
+from vmferry.engine.deadman import DeadMan, GiveBack
+from vmferry.engine.fence import Fence
+from vmferry.engine.line import Line
+from vmferry.engine.ports import MoveOrder, Observer, PeerLink
+from vmferry.engine.progress import Pulse
+from vmferry.engine.report import make_report
+from vmferry.engine.session import EngineSession
+from vmferry.engine.steps import Step, Timeline
+from vmferry.engine.surely import surely
+from vmferry.engine.verdict import deliver_verdict
+from vmferry.engine.verify import compare
+from vmferry.errors import Cancelled, FerryError, InDoubt, MoveFailed, PeerError, Refused
+from vmferry.guest.qemu import Qemu
+from vmferry.network.cards import SourceNetwork
+from vmferry.report.records import Event, Report, Verification
+from vmferry.wire import messages as m
+from vmferry.wire.protocol import ProtocolViolation, Side, State
+
+BULK_STREAMS = 2
+PREPARE_LIMIT_S = 60.0
+"""For the destination to start its QEMU."""
+LOAD_LIMIT_S = 60.0
+"""For it to load the device state; with post-copy the load itself waits for pages."""
+ANSWER_LIMIT_S = 15.0
+
+T = TypeVar("T")
+
+
+async def move(order: MoveOrder, peer: PeerLink, observer: Observer) -> Report:
+    """Moves a guest to a peer. See the module for what holds when it raises.
+
+    Raises Refused (nothing touched), MoveFailed or Cancelled (the guest runs here as before),
+    InDoubt (fenced here, not confirmed there). Cancelling the calling task cancels the move up
+    to the commit and is without effect after it.
+    """
+    going = SourceMove(order, peer, observer)
+    task = asyncio.create_task(going.run())
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            if not going.committing:
+                task.cancel()
+    return task.result()
+
+
+class SourceMove:
+    """The state of one outgoing move, and its undoing."""
+
+    def __init__(self, order: MoveOrder, peer: PeerLink, observer: Observer) -> None:
+        self.order = order
+        self.peer = peer
+        self.id = uuid.uuid4().hex
+        self.committing = False
+        self.timeline = Timeline(Side.SOURCE.value, order.state_dir, observer.event)
+        self._pulse = Pulse(observer)
+        self._cpu_s = _cpu_s()
+        self._verification: Verification | None = None
+        self._state_bytes = 0
+        self._was_running = True
+        self._guest: Qemu | None = None
+        self._deadman: DeadMan | None = None
+        self._attachment: Attachment | None = None
+        self._line: Line | None = None
+        self._network: SourceNetwork | None = None
+        self._sender: Sender | None = None
+        self._session: EngineSession | None = None
+        self._fence: Fence | None = None
+        self._offered: list[m.BlockShape] = []
+
+    # --- the way there ------------------------------------------------------------------------
+
+    async def run(self) -> Report:
+        """The whole move; undoes itself when it ends before the commit."""
+        try:
+            session, ready = await self._prepare()
+            await self._run_strategy(session)
+            return await self._finish(session, ready)
+        except BaseException as error:
+            if self.committing:
+                await surely(self._leave_in_doubt())
+                raise _in_doubt(self.order, error) from error
+            await surely(self._undo(str(error) or type(error).__name__))
+            raise _as_ended(self.order, error) from error
+
+    async def _prepare(self) -> tuple[EngineSession, m.Ready]:
+        order = self.order
+        self._pulse.say("looking at the guest")
+        self._guest = guest = await Qemu.attach(order.guest)
+        blockers = await guest.blockers()
+        if blockers:
+            raise Refused(
+                f"guest {order.guest.name} cannot be moved: {'; '.join(blockers)}. "
+                "Nothing was touched"
+            )
+        self._was_running = await guest.running()
+        self._deadman = await DeadMan.arm(order.state_dir / "deadman.log")
+        self._deadman.will(self._give_back(resume=False))
+        blocks = await guest.ram()
+        self._network = await SourceNetwork.watch(guest.cards())
+        channel = await self.peer.open_control()
+        self._line = line = Line(channel, Side.SOURCE, self.peer.name)
+        memory = Memory(order.guest.pid, [b.block for b in blocks])
+        self._offered = [
+            m.BlockShape(b.block.name, b.block.length, b.used, b.block.page_size) for b in blocks
+        ]
+        await line.say(
+            m.Offer(
+                move=self.id,
+                guest=order.guest.name,
+                qemu_version=guest.version,
+                machine=guest.machine,
+                process=m.Process(
+                    order.guest.argv,
+                    order.guest.exe,
+                    order.guest.cwd,
+                    order.guest.uid,
+                    order.guest.gid,
+                ),
+                blocks=self._offered,
+                cards=self._network.cards(),
+                demand_paging=order.method.demand_paging,
+                verify=order.verify,
+                streams=BULK_STREAMS,
+                running=self._was_running,
+            )
+        )
+        await self.timeline.reach(Step.OFFERED)
+        self._pulse.say("starting the destination")
+        self._attachment = attachment = await Attachment.make(order.guest, memory)
+        await self.timeline.reach(Step.ATTACHED)
+        ready = await line.hear(m.Ready, PREPARE_LIMIT_S)
+        await self.timeline.reach(Step.READY)
+        bulk, urgent = await self.peer.open_streams(ready.token, BULK_STREAMS)
+        self._sender = Sender(memory, bulk, urgent)
+        self._pulse.sender = self._sender
+        await self.timeline.reach(Step.STREAMS_OPEN)
+        self._session = EngineSession(
+            guest=guest,
+            attachment=attachment,
+            sender=self._sender,
+            bounds=order.bounds,
+            timeline=self.timeline,
+            pulse=self._pulse,
+            before_stop=self._before_stop,
+            hand_over=self._hand_over,
+            announce_stop=self._announce_stop,
+        )
+        return self._session, ready
+
+    async def _run_strategy(self, session: EngineSession) -> None:
+        """Runs the strategy; a destination that gives up or a link that breaks ends it at once."""
+        line = _held(self._line)
+        strategy = asyncio.ensure_future(self.order.method.run(session))
+        broken = asyncio.create_task(line.wait_broken())
+        try:
+            await asyncio.wait({strategy, broken}, return_when=asyncio.FIRST_COMPLETED)
+            if not strategy.done() and self.committing:
+                # The control connection broke after the commit: the strategy's own calls settle it.
+                await asyncio.wait({strategy})
+            if not strategy.done():
+                raise broken.result()
+            strategy.result()
+        except _core.CoreError as error:
+            reason = line.broken
+            raise reason if reason is not None else PeerError(
+                f"the page streams to {self.peer.name} broke: {error}"
+            ) from error
+        finally:
+            broken.cancel()
+            if not strategy.done():
+                if self._sender is not None:
+                    self._sender.cancel()
+                strategy.cancel()
+            await asyncio.gather(strategy, broken, return_exceptions=True)
+
+    async def _before_stop(self) -> None:
+        _held(self._deadman).will(self._give_back(resume=self._was_running))
+
+    async def _announce_stop(self) -> None:
+        await _held(self._line).say(m.Switch(cards=_held(self._network).cards()))
+
+    async def _hand_over(self) -> None:
+        session, line, guest = _held(self._session), _held(self._line), _held(self._guest)
+        clock = session.clock
+        state = await _held(session.saving)
+        self._state_bytes = len(state)
+        await self.timeline.reach(Step.STATE_SAVED, f"{len(state)} bytes")
+        if self.order.verify and not session.owed:
+            await self._verify(session, _held(self._attachment).memory, m.DigestRequest())
+        if session.owed:
+            await asyncio.to_thread(_held(self._sender).serve, session.owed)
+            await self.timeline.reach(Step.PAGING_ARMED, f"{len(session.owed)} pages missing")
+        began = time.monotonic()
+        await line.say(m.DeviceState(data=state))
+        await self.timeline.reach(Step.STATE_SENT)
+        self._fence = fence = await Fence.prepare(self.order.guest)
+        _held(self._deadman).will(self._give_back(resume=self._was_running, keeper=fence.keeper))
+        session.read_from(Memory(fence.keeper, _held(self._attachment).memory.blocks))
+        await self.timeline.reach(Step.KEEPER_MADE, f"pid {fence.keeper}")
+        await line.hear(m.Loaded, LOAD_LIMIT_S)
+        clock.load_s = time.monotonic() - began
+        await self.timeline.reach(Step.LOADED)
+        if line.broken is not None:
+            raise line.broken
+        began = time.monotonic()
+        # From here on the guest is the destination's: no cancellation, no way back through `cont`.
+        self.committing = True
+        guest.expect_end()
+        await fence.kill()
+        await self.timeline.reach(Step.FENCED)
+        resumed = await self._commit(line)
+        now = time.monotonic()
+        clock.resumed = now - resumed.ago_s
+        clock.start_s = resumed.start_s
+        clock.commit_s = clock.resumed - began - resumed.start_s
+        self.timeline.note(Step.RESUMED)
+
+    async def _commit(self, line: Line) -> m.Resumed:
+        try:
+            await line.say(m.Commit())
+            self.timeline.note(Step.COMMITTED)
+            return await line.hear(m.Resumed, ANSWER_LIMIT_S)
+        except (FerryError, ProtocolViolation):
+            resumed = await deliver_verdict(self.peer, self.id, committed=True)
+            if resumed is None:
+                raise
+            return resumed
+
+    async def _verify(self, session: EngineSession, memory: Memory, ask: m.DigestRequest) -> None:
+        line = _held(self._line)
+        began = time.monotonic()
+        await line.say(ask)
+        ours, theirs = await asyncio.gather(
+            asyncio.to_thread(memory.digests), line.hear(m.Digests, LOAD_LIMIT_S)
+        )
+        seconds = time.monotonic() - began
+        self._verification = compare(memory, ours, theirs, seconds)
+        session.clock.verify_s += seconds
+        differing = self._verification.pages_differing
+        await self.timeline.reach(Step.VERIFIED, f"{differing} pages differ")
+        if differing and not self.committing:
+            raise MoveFailed(f"{differing} pages differ between both sides at the switch-over")
+
+    async def _finish(self, session: EngineSession, ready: m.Ready) -> Report:
+        line, sender, fence = _held(self._line), _held(self._sender), _held(self._fence)
+        verify_s = session.clock.verify_s
+        if self.order.verify and self.order.method.demand_paging:
+            keeper = Memory(fence.keeper, _held(self._attachment).memory.blocks)
+            await self._verify(session, keeper, m.DigestRequest())
+            session.clock.verify_s = verify_s
+        progress = sender.progress()
+        await asyncio.to_thread(sender.finish)
+        await line.say(m.Finished())
+        farewell = await line.hear(m.Farewell, ANSWER_LIMIT_S)
+        now = self.timeline.elapsed_s()
+        for past in farewell.timeline:
+            self.timeline.adopt(
+                Event(round(now - past.ago_s, 6), past.name, Side.DESTINATION.value, past.detail)
+            )
+        self.timeline.note(Step.FINISHED)
+        await self._let_go()
+        return make_report(
+            order=self.order,
+            session=session,
+            progress=progress,
+            timeline=self.timeline,
+            farewell=farewell,
+            changes=ready.changes,
+            verification=self._verification,
+            device_state_bytes=self._state_bytes,
+            cpu_s=_cpu_s() - self._cpu_s + farewell.cpu_seconds,
+        )
+
+    # --- the ways back ------------------------------------------------------------------------
+
+    def _give_back(self, *, resume: bool, keeper: int = 0) -> GiveBack:
+        guest = self.order.guest
+        return GiveBack(guest.qmp, guest.pid, guest.start_time, resume, keeper)
+
+    async def _undo(self, reason: str) -> None:
+        """Leaves the guest as it was: running if it ran, untracked, and the destination empty."""
+        if self._sender is not None:
+            self._sender.cancel()
+        session, guest = self._session, self._guest
+        stopped = session is not None and session.stopped
+        if stopped and guest is not None and session is not None:
+            if session.saving is not None:
+                await asyncio.gather(session.saving, return_exceptions=True)
+            if self._was_running:
+                await guest.cont()
+            if self._network is not None:
+                await self._network.draw_back()
+        await self._abort_destination(reason)
+        if self._fence is not None:
+            await self._fence.release()
+        if self._attachment is not None:
+            await self._attachment.detach()
+        if self._network is not None:
+            self._network.close()
+        if guest is not None:
+            await guest.close()
+        if self._deadman is not None:
+            await self._deadman.dismiss()
+        self.timeline.note(Step.UNDONE, reason)
+
+    async def _abort_destination(self, reason: str) -> None:
+        line = self._line
+        if line is None:
+            return
+        loaded = line.conversation.state in (State.LOADING, State.LOADED)
+        try:
+            if line.broken is None and line.conversation.state not in (
+                State.GREETED,
+                State.ABORTED,
+            ):
+                await line.say(m.Abort(reason=reason))
+                await line.hear(m.Aborted, ANSWER_LIMIT_S)
+        except FerryError:
+            pass
+        if loaded and line.conversation.state is not State.ABORTED:
+            # It waits for a verdict, paused and without any lock; it is told as soon as it answers.
+            _in_background(deliver_verdict(self.peer, self.id, committed=False))
+        await line.close()
+
+    async def _let_go(self) -> None:
+        """After the commit: nothing here belongs to the guest any more."""
+        if self._fence is not None:
+            await self._fence.release()
+        if self._attachment is not None:
+            await self._attachment.detach()
+        if self._network is not None:
+            self._network.close()
+        if self._guest is not None:
+            await self._guest.close()
+        if self._line is not None:
+            await self._line.close()
+        if self._deadman is not None:
+            await self._deadman.dismiss()
+
+    async def _leave_in_doubt(self) -> None:
+        """The keeper, with all the guest's memory, stays: the destination may still need it."""
+        if self._network is not None:
+            self._network.close()
+        if self._line is not None:
+            await self._line.close()
+        if self._deadman is not None:
+            await self._deadman.dismiss()
+
+
+_background: set[asyncio.Task[object]] = set()
+
+
+def _in_background(work: object) -> None:
+    task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+
+
+def _held(thing: T | None) -> T:
+    assert thing is not None
+    return thing
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _as_ended(order: MoveOrder, error: BaseException) -> BaseException:
+    where = f"guest {order.guest.name} runs on at {order.source_host} as before"
+    match error:
+        case asyncio.CancelledError():
+            return Cancelled(f"the move to {order.destination_host} was cancelled; {where}")
+        case Refused():
+            return error
+        case FerryError():
+            return MoveFailed(f"the move to {order.destination_host} failed: {error}; {where}")
+        case _:
+            return error
+
+
+def _in_doubt(order: MoveOrder, error: BaseException) -> InDoubt:
+    return InDoubt(
+        f"guest {order.guest.name} was given to {order.destination_host}, which has not confirmed "
+        f"that it runs ({error}); its memory is still held here. Look at `vmferry ls` there first"
+    )
