@@ -1,8 +1,8 @@
-"""The dead man's switch of a move: a process of its own that undoes it when the daemon dies.
+"""The dead man's switch of a daemon: a process of its own that undoes its moves when it dies.
 
-A daemon killed while the guest is stopped could continue it no more. So each move has a small
-process that holds the read end of a pipe. The daemon writes its will there before every step that
-changes what must be undone; when the pipe ends without a dismissal, the last will is carried out.
+A daemon killed while a guest is stopped could continue it no more. So a small process holds the
+read end of a pipe. The daemon writes its will for a move there before every step that changes what
+must be undone; when the pipe ends, the last will of every move not dismissed is carried out.
 
 What needs no will: the userfaultfd at the source is the daemon's alone, so the kernel itself takes
 the write protection away when it dies.
@@ -57,59 +57,73 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
 Action = GiveBack | Discard | Run
 
 
+class Will(msgspec.Struct, frozen=True):
+    """What is to be done for one move; no actions: nothing any more."""
+
+    move: str
+    actions: list[Action]
+
+
 class DeadMan:
-    """The daemon's end of the switch."""
+    """The daemon's end of the switch: one for all its moves."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     @classmethod
-    async def arm(cls, log: Path) -> DeadMan:
+    async def arm(cls, state_dir: Path) -> DeadMan:
         """Starts the process; it does nothing until there is a will."""
-        with log.open("ab") as stream:
+        with (state_dir / "deadman.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "vmferry.engine.deadman",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
-                stderr=stream,
+                stderr=log,
                 start_new_session=True,
             )
         return cls(process)
 
-    def will(self, *actions: Action) -> None:
-        """Replaces the will. Shorter than PIPE_BUF and written at once: it is whole or absent."""
+    def will(self, move: str, *actions: Action) -> None:
+        """Replaces the will for one move. Shorter than PIPE_BUF and written at once by the
+        transport while its buffer is empty: it is whole or absent."""
         pipe = self._process.stdin
-        if pipe is None or pipe.is_closing():
-            return
-        pipe.write(msgspec.json.encode(list(actions)) + b"\n")
+        assert pipe is not None
+        if not pipe.is_closing():
+            pipe.write(msgspec.json.encode(Will(move, list(actions))) + b"\n")
 
-    async def dismiss(self) -> None:
-        """The move is over and nothing is left to undo."""
-        self.will()
+    def dismiss(self, move: str) -> None:
+        """The move is over and nothing of it is left to undo."""
+        self.will(move)
+
+    async def close(self) -> None:
+        """Ends the process. Whatever will is left is carried out: a daemon that ends in order
+        has dismissed its moves before."""
         pipe = self._process.stdin
-        if pipe is not None:
-            with contextlib.suppress(ConnectionError):
-                await pipe.drain()
-                pipe.close()
-                await pipe.wait_closed()
+        assert pipe is not None
+        with contextlib.suppress(ConnectionError):
+            pipe.close()
+            await pipe.wait_closed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._process.wait()
 
 
 def main() -> None:
-    """Reads wills until the pipe ends, then carries out the last."""
+    """Reads wills until the pipe ends, then carries out those that are left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    last = b"[]"
+    wills: dict[str, Will] = {}
     rest = b""
     while chunk := os.read(0, 65536):
         *lines, rest = (rest + chunk).split(b"\n")
-        last = lines[-1] if lines else last
-    for action in msgspec.json.decode(last, type=list[Action]):
-        asyncio.run(_carry_out(action))
+        for line in lines:
+            will = msgspec.json.decode(line, type=Will)
+            wills[will.move] = will
+    for will in wills.values():
+        for action in will.actions:
+            asyncio.run(_carry_out(action))
 
 
 async def _carry_out(action: Action) -> None:

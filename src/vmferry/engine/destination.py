@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
 import secrets
 import time
 
 from vmferry import _core
-from vmferry._core import Memory, PageSet, Receiver
-from vmferry.engine.attachment import demand_paged
-from vmferry.engine.deadman import DeadMan, Discard, Run
+from vmferry._core import Receiver
 from vmferry.engine.arrival import Waiting, prepare
+from vmferry.engine.attachment import demand_paged
+from vmferry.engine.deadman import Action, Discard, Run
 from vmferry.engine.line import Line
 from vmferry.engine.ports import ChannelLike, DestinationHost, StreamDesk
 from vmferry.engine.steps import Step, Timeline
@@ -78,7 +77,6 @@ class DestinationMove:
         self._line.hold(offer)
         self._timeline = Timeline(Side.DESTINATION.value, host.state_dir, lambda event: None)
         self._cpu_s = _cpu_s()
-        self._deadman: DeadMan | None = None
         self._waiting: Waiting | None = None
         self._receiver: Receiver | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -103,9 +101,8 @@ class DestinationMove:
 
     async def _take(self) -> None:
         offer = self._offer
-        self._deadman = await DeadMan.arm(self._host.state_dir / "deadman.log")
         self._waiting = waiting = await prepare(offer, self._host)
-        self._deadman.will(self._discard(waiting))
+        self._will(self._discard(waiting))
         await self._timeline.reach(Step.QEMU_STARTED, f"pid {waiting.process.pid}")
         await waiting.ready(offer)
         token = secrets.token_bytes(16)
@@ -213,7 +210,7 @@ class DestinationMove:
             await self._line.say(m.LoadFailed(reason=f"the destination's QEMU: {error}"))
             raise
         # In doubt from here: the will may not kill what may be the only copy.
-        self._dead().will()
+        self._will()
         await self._line.say(m.Loaded())
         await self._timeline.reach(Step.LOADED)
 
@@ -222,7 +219,7 @@ class DestinationMove:
         began = time.monotonic()
         self._ours = True
         process = waiting.process
-        self._dead().will(Run(process.qmp, process.pid, process.start_time))
+        self._will(Run(process.qmp, process.pid, process.start_time))
         if not self._offer.running:
             self._timeline.note(Step.COMMITTED, "the guest was paused and stays so")
             return m.Resumed(ago_s=0.0, start_s=0.0)
@@ -262,7 +259,7 @@ class DestinationMove:
                 cpu_seconds=_cpu_s() - self._cpu_s,
             )
         )
-        await self._dead().dismiss()
+        self._will()
         await self._line.close()
 
     def _digests(self) -> m.Digests:
@@ -320,16 +317,14 @@ class DestinationMove:
         await self._line.close()
         if self._receiving is not None:
             await asyncio.gather(self._receiving, return_exceptions=True)
-        if self._deadman is not None:
-            await self._deadman.dismiss()
+        self._will()
 
     def _held(self) -> Waiting:
         assert self._waiting is not None
         return self._waiting
 
-    def _dead(self) -> DeadMan:
-        assert self._deadman is not None
-        return self._deadman
+    def _will(self, *actions: Action) -> None:
+        self._host.deadman.will(self._offer.move, *actions)
 
 
 def _cpu_s() -> float:

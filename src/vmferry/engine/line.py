@@ -67,9 +67,7 @@ class Line:
         if self._inbox.empty() and not self._broken.done():
             getter = asyncio.ensure_future(self._inbox.get())
             try:
-                await asyncio.wait(
-                    {getter, self._broken}, return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait({getter, self._broken}, return_when=asyncio.FIRST_COMPLETED)
                 if getter.done():
                     return getter.result()
             finally:

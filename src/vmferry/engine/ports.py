@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vmferry._core import Stream
+    from vmferry.engine.deadman import DeadMan
     from vmferry.guest.process import GuestProcess
     from vmferry.report.records import Event, Progress
     from vmferry.strategies import Bounds, Method
@@ -79,6 +80,7 @@ class MoveOrder:
     source_host: str
     destination_host: str
     state_dir: Path
+    deadman: DeadMan
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,4 @@ class DestinationHost:
 
     name: str
     state_dir: Path
+    deadman: DeadMan

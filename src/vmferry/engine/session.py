@@ -25,7 +25,7 @@ RATE_SAMPLE_PAGES = 256
 
 @dataclass
 class Clock:
-    """Instants of one move, seconds on this host's monotonic clock, and costs inside its downtime."""
+    """Instants of a move in seconds on this host's monotonic clock, and its costs."""
 
     stopped: float = 0.0
     stop_s: float = 0.0

@@ -13,10 +13,10 @@ import time
 import uuid
 from typing import TypeVar
 
-from vmferry import __version__, _core
+from vmferry import _core
 from vmferry._core import Memory, Sender
 from vmferry.engine.attachment import Attachment
-from vmferry.engine.deadman import DeadMan, GiveBack
+from vmferry.engine.deadman import GiveBack
 from vmferry.engine.fence import Fence
 from vmferry.engine.line import Line
 from vmferry.engine.ports import MoveOrder, Observer, PeerLink
@@ -77,7 +77,6 @@ class SourceMove:
         self._state_bytes = 0
         self._was_running = True
         self._guest: Qemu | None = None
-        self._deadman: DeadMan | None = None
         self._attachment: Attachment | None = None
         self._line: Line | None = None
         self._network: SourceNetwork | None = None
@@ -112,8 +111,7 @@ class SourceMove:
                 "Nothing was touched"
             )
         self._was_running = await guest.running()
-        self._deadman = await DeadMan.arm(order.state_dir / "deadman.log")
-        self._deadman.will(self._give_back(resume=False))
+        self._will(resume=False)
         blocks = await guest.ram()
         self._network = await SourceNetwork.watch(guest.cards())
         channel = await self.peer.open_control()
@@ -181,8 +179,10 @@ class SourceMove:
             strategy.result()
         except _core.CoreError as error:
             reason = line.broken
-            raise reason if reason is not None else PeerError(
-                f"the page streams to {self.peer.name} broke: {error}"
+            raise (
+                reason
+                if reason is not None
+                else PeerError(f"the page streams to {self.peer.name} broke: {error}")
             ) from error
         finally:
             broken.cancel()
@@ -193,7 +193,7 @@ class SourceMove:
             await asyncio.gather(strategy, broken, return_exceptions=True)
 
     async def _before_stop(self) -> None:
-        _held(self._deadman).will(self._give_back(resume=self._was_running))
+        self._will(resume=self._was_running)
 
     async def _announce_stop(self) -> None:
         await _held(self._line).say(m.Switch(cards=_held(self._network).cards()))
@@ -213,7 +213,7 @@ class SourceMove:
         await line.say(m.DeviceState(data=state))
         await self.timeline.reach(Step.STATE_SENT)
         self._fence = fence = await Fence.prepare(self.order.guest)
-        _held(self._deadman).will(self._give_back(resume=self._was_running, keeper=fence.keeper))
+        self._will(resume=self._was_running, keeper=fence.keeper)
         session.read_from(Memory(fence.keeper, _held(self._attachment).memory.blocks))
         await self.timeline.reach(Step.KEEPER_MADE, f"pid {fence.keeper}")
         await line.hear(m.Loaded, LOAD_LIMIT_S)
@@ -292,9 +292,11 @@ class SourceMove:
 
     # --- the ways back ------------------------------------------------------------------------
 
-    def _give_back(self, *, resume: bool, keeper: int = 0) -> GiveBack:
+    def _will(self, *, resume: bool, keeper: int = 0) -> None:
         guest = self.order.guest
-        return GiveBack(guest.qmp, guest.pid, guest.start_time, resume, keeper)
+        self.order.deadman.will(
+            self.id, GiveBack(guest.qmp, guest.pid, guest.start_time, resume, keeper)
+        )
 
     async def _undo(self, reason: str) -> None:
         """Leaves the guest as it was: running if it ran, untracked, and the destination empty."""
@@ -318,8 +320,7 @@ class SourceMove:
             self._network.close()
         if guest is not None:
             await guest.close()
-        if self._deadman is not None:
-            await self._deadman.dismiss()
+        self.order.deadman.dismiss(self.id)
         self.timeline.note(Step.UNDONE, reason)
 
     async def _abort_destination(self, reason: str) -> None:
@@ -353,8 +354,7 @@ class SourceMove:
             await self._guest.close()
         if self._line is not None:
             await self._line.close()
-        if self._deadman is not None:
-            await self._deadman.dismiss()
+        self.order.deadman.dismiss(self.id)
 
     async def _leave_in_doubt(self) -> None:
         """The keeper, with all the guest's memory, stays: the destination may still need it."""
@@ -362,8 +362,7 @@ class SourceMove:
             self._network.close()
         if self._line is not None:
             await self._line.close()
-        if self._deadman is not None:
-            await self._deadman.dismiss()
+        self.order.deadman.dismiss(self.id)
 
 
 _background: set[asyncio.Task[object]] = set()

@@ -51,7 +51,9 @@ class Timeline:
         self._tell = tell
         self._start = time.monotonic()
         wanted = os.environ.get("VMFERRY_HOLD", "").split(",")
-        self._holds = {step for entry in wanted for s, _, step in [entry.partition(":")] if s == side}
+        self._holds = {
+            step for entry in wanted for s, _, step in [entry.partition(":")] if s == side
+        }
 
     def elapsed_s(self) -> float:
         """Seconds since the move began."""
@@ -73,5 +75,5 @@ class Timeline:
         if step in self._holds:
             held = self._state_dir / f"held-{self._side}-{step}"
             held.touch()
-            while await asyncio.to_thread(held.exists):
+            while held.exists():  # noqa: ASYNC110 - a file that another process removes
                 await asyncio.sleep(0.005)

@@ -103,7 +103,7 @@ class Progress(msgspec.Struct, frozen=True):
     """A moment of a running move."""
 
     phase: str
-    """What it is doing now, in words: `starting the destination`, `round 2`, `switching over`, `pulling`."""
+    """What it is doing now, in words: `starting the destination`, `round 2`, `pulling`."""
     elapsed_s: float
     pages_pushed: int
     pages_remaining: int

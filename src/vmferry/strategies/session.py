@@ -23,7 +23,7 @@ class Bounds:
     max_rounds: int = 30
     """Rounds of pre-copy after which it stops whatever is left."""
     max_total_factor: float = 3.0
-    """Stop pre-copying when this many times the guest's memory has been pushed (Clark et al. 2005)."""
+    """Stop when this many times the guest's memory has been pushed (Clark et al. 2005, 5.1)."""
 
 
 @dataclass(frozen=True)

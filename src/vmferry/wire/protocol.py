@@ -4,7 +4,8 @@ Both hosts hold a `Conversation` of the same table and feed it every message the
 so both know at any instant what may come next and who may run the guest:
 
     greeted -offer-> offered -ready-> prepared -switch-> switching -device-state-> loading
-      -loaded-> loaded -commit-> committed -resumed-> resumed -finished-> finishing -farewell-> closed
+      -loaded-> loaded -commit-> committed -resumed-> resumed -finished-> finishing
+      -farewell-> closed
 
 Up to `loaded` either side may abort, and the source runs the guest afterwards. The commit itself is
 not a message: it is the kill of the source's process, proven, between `loaded` and `commit`
