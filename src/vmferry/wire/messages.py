@@ -18,7 +18,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all messages."""
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First message of each side of a control connection."""
 
     protocol: int
@@ -55,7 +55,7 @@ class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gid: int
 
 
-class Offer(Message, tag="offer"):
+class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     """Source: take this guest. Answered by Ready or Refuse."""
 
     move: str
@@ -73,7 +73,7 @@ class Offer(Message, tag="offer"):
     """Bulk page streams that will be opened, the urgent one not counted."""
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """Destination: its QEMU waits for the guest; open the page streams with this token."""
 
     token: bytes
@@ -81,39 +81,39 @@ class Ready(Message, tag="ready"):
     changes: list[str]
 
 
-class Refuse(Message, tag="refuse"):
+class Refuse(Message, frozen=True, tag="refuse"):
     """Destination: will not take it, and why; nothing is left behind."""
 
     reason: str
 
 
-class Switch(Message, tag="switch"):
+class Switch(Message, frozen=True, tag="switch"):
     """Source: the guest is stopped; draw its network traffic to your host now."""
 
     cards: list[NetworkCard] = []
 
 
-class DeviceState(Message, tag="device-state"):
+class DeviceState(Message, frozen=True, tag="device-state"):
     """Source: load this. Answered by Loaded or LoadFailed."""
 
     data: bytes
 
 
-class Loaded(Message, tag="loaded"):
+class Loaded(Message, frozen=True, tag="loaded"):
     """Destination: the device state is loaded; waiting for the commit."""
 
 
-class LoadFailed(Message, tag="load-failed"):
+class LoadFailed(Message, frozen=True, tag="load-failed"):
     """Destination: its QEMU refused the device state or died; it is gone now."""
 
     reason: str
 
 
-class Commit(Message, tag="commit"):
+class Commit(Message, frozen=True, tag="commit"):
     """Source: fenced and proven gone; the guest is yours, run it. Answered by Resumed."""
 
 
-class Resumed(Message, tag="resumed"):
+class Resumed(Message, frozen=True, tag="resumed"):
     """Destination: the guest runs here."""
 
     ago_s: float
@@ -122,12 +122,12 @@ class Resumed(Message, tag="resumed"):
     """Seconds from the receipt of Commit to the RESUME event."""
 
 
-class DigestRequest(Message, tag="digest-request"):
+class DigestRequest(Message, frozen=True, tag="digest-request"):
     """Source: send the digest vector of the memory (pre-copy), or of the pages as they were
     installed (post-copy)."""
 
 
-class Digests(Message, tag="digests"):
+class Digests(Message, frozen=True, tag="digests"):
     """Destination: 8 bytes a page, blocks in the order of the offer; `discarded` are ranges
     (block, start, stop) that the guest gave back while pages were missing."""
 
@@ -135,7 +135,7 @@ class Digests(Message, tag="digests"):
     discarded: list[tuple[int, int, int]] = []
 
 
-class Finished(Message, tag="finished"):
+class Finished(Message, frozen=True, tag="finished"):
     """Source: nothing depends on me any more. The destination answers Farewell."""
 
 
@@ -161,7 +161,7 @@ class PastEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detail: str = ""
 
 
-class Farewell(Message, tag="farewell"):
+class Farewell(Message, frozen=True, tag="farewell"):
     """Destination: the move is over here too."""
 
     faults: FaultCosts
@@ -169,17 +169,17 @@ class Farewell(Message, tag="farewell"):
     cpu_seconds: float
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, frozen=True, tag="abort"):
     """Either side, before the commit: stop, undo, leave nothing. Answered by Aborted."""
 
     reason: str
 
 
-class Aborted(Message, tag="aborted"):
+class Aborted(Message, frozen=True, tag="aborted"):
     """Everything undone here."""
 
 
-class Verdict(Message, tag="verdict"):
+class Verdict(Message, frozen=True, tag="verdict"):
     """Source, first message of a new control connection: how a move ended whose connection broke
     between Loaded and Resumed. Answered by Resumed (committed) or Aborted (not), or Refuse when
     no such move waits."""
