@@ -15,6 +15,7 @@ mod pattern;
 mod state;
 
 use std::env;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use commands::{Control, version};
@@ -26,6 +27,8 @@ fn run() -> Result<(), String> {
     let options = Options::parse(env::args().skip(1))?;
     let machine = Machine::start(&options).map_err(|error| format!("cannot start: {error}"))?;
     let mut monitors = Monitors::listen(&options.monitors, version())?;
+    // Tells whoever started it that the monitor can be connected to; nobody need read it.
+    let _ = writeln!(io::stdout(), "listening");
     let mut control = Control::new(machine, options);
     monitors
         .serve(&mut control)
