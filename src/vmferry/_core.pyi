@@ -47,6 +47,9 @@ def make_keeper(pid: int) -> int:
     It has no descriptors, blocks all signals and only pauses. `pid` itself is not disturbed.
     """
 
+def reap_keeper(pid: int, keeper: int) -> None:
+    """Kills the keeper of a process that lives on, and lets that process reap it."""
+
 @final
 class Block:
     """One RAM block as it lies in a process: `length` bytes at `address`."""

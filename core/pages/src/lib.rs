@@ -6,14 +6,25 @@
 mod block;
 mod digest;
 mod error;
+mod inject;
+mod keeper;
 mod memory;
 mod page_set;
+mod pagemap;
+mod populated;
+mod process;
+mod tracer;
+mod tracker;
 mod userfaultfd;
 
 pub use block::{Block, PAGE_SIZE, PageId};
 pub use digest::{is_zero, page_digest};
 pub use error::PagesError;
+pub use inject::{FaultSource, inject_close, inject_discard, inject_userfaultfd};
+pub use keeper::{make_keeper, reap_keeper};
 pub use memory::Memory;
 pub use page_set::PageSet;
+pub use process::find_userfaultfd;
 pub use rustix::io::Errno;
+pub use tracker::Tracker;
 pub use userfaultfd::{FaultEvent, InstallError, Mode, Userfaultfd, features};

@@ -1,9 +1,10 @@
 //! A foreign process and its pages, as Python sees them.
 
-use std::sync::Arc;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_pages as core;
-use ferry_pages::{PAGE_SIZE, PagesError};
+use ferry_pages::{FaultSource, PAGE_SIZE, PagesError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -14,7 +15,108 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("PAGE_SIZE", PAGE_SIZE)?;
     module.add_class::<Block>()?;
     module.add_class::<PageSet>()?;
-    module.add_class::<Memory>()
+    module.add_class::<Memory>()?;
+    module.add_class::<Tracker>()?;
+    module.add_function(wrap_pyfunction!(inject_userfaultfd, module)?)?;
+    module.add_function(wrap_pyfunction!(inject_userfaultfd_from, module)?)?;
+    module.add_function(wrap_pyfunction!(inject_close, module)?)?;
+    module.add_function(wrap_pyfunction!(inject_discard, module)?)?;
+    module.add_function(wrap_pyfunction!(find_userfaultfd, module)?)?;
+    module.add_function(wrap_pyfunction!(make_keeper, module)?)?;
+    module.add_function(wrap_pyfunction!(reap_keeper, module)?)?;
+    module.add_function(wrap_pyfunction!(differing_pages, module)?)?;
+    module.add_function(wrap_pyfunction!(count_differing, module)?)
+}
+
+/// (our descriptor, its number there or -1)
+fn inject(
+    py: Python<'_>,
+    pid: i32,
+    source: FaultSource,
+    keep_open: bool,
+) -> Result<(i32, i32), Failure> {
+    let (ours, theirs) = py.detach(|| core::inject_userfaultfd(pid, source, keep_open))?;
+    Ok((ours.into_raw_fd(), theirs.unwrap_or(-1)))
+}
+
+#[pyfunction]
+#[pyo3(signature = (pid, *, user_mode_only, keep_open))]
+fn inject_userfaultfd(
+    py: Python<'_>,
+    pid: i32,
+    user_mode_only: bool,
+    keep_open: bool,
+) -> Result<(i32, i32), Failure> {
+    let source = if user_mode_only {
+        FaultSource::UserMode
+    } else {
+        FaultSource::AnyMode
+    };
+    inject(py, pid, source, keep_open)
+}
+
+#[pyfunction]
+#[pyo3(signature = (pid, device, *, keep_open))]
+fn inject_userfaultfd_from(
+    py: Python<'_>,
+    pid: i32,
+    device: i32,
+    keep_open: bool,
+) -> Result<(i32, i32), Failure> {
+    inject(py, pid, FaultSource::Device(device), keep_open)
+}
+
+#[pyfunction]
+fn inject_close(py: Python<'_>, pid: i32, descriptor: i32) -> Result<(), Failure> {
+    Ok(py.detach(|| core::inject_close(pid, descriptor))?)
+}
+
+#[pyfunction]
+fn inject_discard(py: Python<'_>, pid: i32, address: u64, length: u64) -> Result<(), Failure> {
+    Ok(py.detach(|| core::inject_discard(pid, address, length))?)
+}
+
+#[pyfunction]
+fn find_userfaultfd(pid: i32) -> Result<Vec<i32>, Failure> {
+    Ok(core::find_userfaultfd(pid)?)
+}
+
+#[pyfunction]
+fn make_keeper(py: Python<'_>, pid: i32) -> Result<i32, Failure> {
+    Ok(py.detach(|| core::make_keeper(pid))?)
+}
+
+#[pyfunction]
+fn reap_keeper(py: Python<'_>, pid: i32, keeper: i32) -> Result<(), Failure> {
+    Ok(py.detach(|| core::reap_keeper(pid, keeper))?)
+}
+
+/// Most indices that `differing_pages` names.
+const NAMED: usize = 64;
+
+fn differing<'a>(a: &'a [u8], b: &'a [u8]) -> Result<impl Iterator<Item = usize> + 'a, Failure> {
+    if a.len() != b.len() || a.len() % 8 != 0 {
+        return Err(argument(format!(
+            "digests of {} and {} bytes do not compare",
+            a.len(),
+            b.len()
+        )));
+    }
+    let pairs = a.chunks_exact(8).zip(b.chunks_exact(8));
+    Ok(pairs
+        .enumerate()
+        .filter(|(_, (a, b))| a != b)
+        .map(|(index, _)| index))
+}
+
+#[pyfunction]
+fn differing_pages(a: &[u8], b: &[u8]) -> Result<Vec<usize>, Failure> {
+    Ok(differing(a, b)?.take(NAMED).collect())
+}
+
+#[pyfunction]
+fn count_differing(py: Python<'_>, a: &[u8], b: &[u8]) -> Result<usize, Failure> {
+    py.detach(|| Ok(differing(a, b)?.count()))
 }
 
 #[pyclass(frozen, eq, module = "vmferry._core")]
@@ -256,4 +358,51 @@ impl Memory {
     fn write(&self, py: Python<'_>, block: u16, offset: u64, data: &[u8]) -> Result<(), Failure> {
         Ok(py.detach(|| self.0.write(block, offset, data))?)
     }
+
+    fn populated(&self, py: Python<'_>) -> Result<PageSet, Failure> {
+        Ok(PageSet(py.detach(|| self.0.populated())?))
+    }
+
+    fn digests<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {
+        let digests = py.detach(|| self.0.digests())?;
+        Ok(PyBytes::new(py, &digests))
+    }
+}
+
+#[pyclass(frozen, module = "vmferry._core")]
+pub struct Tracker(Mutex<core::Tracker>);
+
+impl Tracker {
+    /// A call that panicked cannot have left it half done: what it found is kept inside.
+    fn lock(&self) -> MutexGuard<'_, core::Tracker> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Tracker {
+    #[new]
+    fn new(py: Python<'_>, memory: &Memory, userfaultfd: i32) -> Result<Self, Failure> {
+        let memory = Arc::clone(&memory.0);
+        let userfaultfd = take_over(userfaultfd)?;
+        let tracker = py.detach(|| core::Tracker::new(memory, userfaultfd.into()))?;
+        Ok(Self(Mutex::new(tracker)))
+    }
+
+    fn scan(&self, py: Python<'_>) -> Result<PageSet, Failure> {
+        Ok(PageSet(py.detach(|| self.lock().scan())?))
+    }
+
+    fn close(&self, py: Python<'_>) -> Result<(), Failure> {
+        Ok(py.detach(|| self.lock().close())?)
+    }
+}
+
+/// Ownership of a descriptor that Python hands over.
+pub fn take_over(descriptor: i32) -> Result<OwnedFd, Failure> {
+    if descriptor < 0 {
+        return Err(argument(format!("{descriptor} is no descriptor")));
+    }
+    // SAFETY: not -1, and the caller gives it up; the interface says so.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
