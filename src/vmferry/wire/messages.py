@@ -188,6 +188,25 @@ class Verdict(Message, frozen=True, tag="verdict"):
     committed: bool
 
 
+class Survey(Message, frozen=True, tag="survey"):
+    """Source, first message of a control connection: what can your machine do?"""
+
+
+class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that a machine has or lacks; `remedy` says what to do where it is not `ok`."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+class Surveyed(Message, frozen=True, tag="surveyed"):
+    """Destination: the answer to Survey."""
+
+    findings: list[Finding]
+
+
 PeerMessage = (
     Hello
     | Offer
@@ -206,4 +225,6 @@ PeerMessage = (
     | Abort
     | Aborted
     | Verdict
+    | Survey
+    | Surveyed
 )
