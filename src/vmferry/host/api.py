@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from vmferry.report.records import Event, Progress, Report
+from vmferry.wire.messages import Finding
 
 API_VERSION = 1
 SOCKET_NAME = "control.sock"
@@ -55,11 +56,9 @@ class List(_Message, frozen=True, tag="list"):
 
 
 class Check(_Message, frozen=True, tag="check"):
-    """What the paired host `host` can do, and whether this one reaches it; with `guest`, whether
-    that guest can go there."""
+    """Whether the paired host `host` is reached, and what it can do."""
 
     host: str
-    guest: str = ""
     version: int = API_VERSION
 
 
@@ -139,15 +138,6 @@ class Listing(_Message, frozen=True, tag="listing"):
     port: int
     guests: list[GuestLine]
     peers: list[PeerLine]
-
-
-class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a check: a capability or condition, whether it holds, and what to do if not."""
-
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""
 
 
 class Findings(_Message, frozen=True, tag="findings"):

@@ -22,6 +22,7 @@ from vmferry.host.api import (
     Done,
     Ended,
     Failed,
+    Findings,
     GuestLine,
     Happened,
     Invite,
@@ -34,7 +35,7 @@ from vmferry.host.api import (
     Unpair,
 )
 from vmferry.host.channel import Frames
-from vmferry.host.checks import check_host
+from vmferry.host.checks import host_findings
 from vmferry.host.identity import Identity
 from vmferry.host.links import Link
 from vmferry.host.moves import Moves, RunningMove
@@ -200,7 +201,7 @@ class Commands:
 
     async def _check(self, request: Check) -> Answer:
         link = Link(self.identity, self.book.find(request.host), self.hello)
-        return await check_host(link)
+        return Findings(findings=await host_findings(link))
 
 
 async def _forward(answers: asyncio.Queue[Answer], client: Client) -> None:

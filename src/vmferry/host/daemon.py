@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vmferry.errors import FerryError, PeerError, Refused
 from vmferry.host.channel import Channel
+from vmferry.host.checks import machine_findings
 from vmferry.host.commands import Commands
 from vmferry.host.desk import StreamDesk
 from vmferry.host.greeting import own_hello
@@ -27,7 +28,7 @@ from vmferry.host.pairing import PairingDesk, check_host_name, format_address
 from vmferry.host.peers import Peer, PeerBook
 from vmferry.host.place import Place
 from vmferry.host.state import occupy, socket_path
-from vmferry.wire.messages import Hello, Offer, Refuse, Verdict
+from vmferry.wire.messages import Hello, Offer, Refuse, Survey, Surveyed, Verdict
 
 if TYPE_CHECKING:
     from vmferry.engine.deadman import DeadMan
@@ -179,6 +180,8 @@ class Daemon:
                 from vmferry.engine.destination import settle
 
                 await settle(channel, first)
+            case Survey():
+                await channel.send(Surveyed(findings=await asyncio.to_thread(machine_findings)))
             case _:
                 reason = f"{self.identity.name} expected an offer first"
                 await channel.send(Refuse(reason=reason))

@@ -21,3 +21,15 @@ async def all_guests() -> list[GuestProcess]:
     from vmferry.guest import process
 
     return await asyncio.to_thread(process.find_all)
+
+
+async def blockers(process: GuestProcess) -> list[str]:
+    """What keeps this guest from being moved, a sentence each. GuestError, Refused when its
+    monitor cannot be asked."""
+    from vmferry.guest.qemu import Qemu
+
+    qemu = await Qemu.attach(process)
+    try:
+        return await qemu.blockers()
+    finally:
+        await qemu.close()

@@ -42,6 +42,12 @@ class Capability:
     remedy: str = ""
 
 
+NEEDED = frozenset(
+    {"root", "kernel", "userfaultfd", "write-tracking", "ptrace", "attach", "qemu", "memory"}
+)
+"""Without these no real guest can be moved from or to a machine; the others widen what can be."""
+
+
 def probe() -> list[Capability]:
     """All capabilities of this machine, in the order in which a user wants to read them."""
     return [trial() for trial in _TRIALS]
