@@ -42,10 +42,20 @@ class Capability:
     remedy: str = ""
 
 
-NEEDED = frozenset(
-    {"root", "kernel", "userfaultfd", "write-tracking", "ptrace", "attach", "qemu", "memory"}
+OPTIONAL = frozenset(
+    {
+        "userfaultfd-device",
+        "namespaces",
+        "bridge",
+        "tap",
+        "shaping",
+        "kvm",
+        "kvm-hardware",
+        "hugepages",
+        "cgroup",
+    }
 )
-"""Without these no real guest can be moved from or to a machine; the others widen what can be."""
+"""These widen what can be moved or tested; without any of the others no real guest can be moved."""
 
 
 def probe() -> list[Capability]:
