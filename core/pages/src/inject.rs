@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::PagesError;
-use crate::tracer::{Tracee, on_own_thread};
+use crate::tracer::{Tracee, tracing};
 
 /// `_IO(0xAA, 0)` of /dev/userfaultfd.
 const USERFAULTFD_IOC_NEW: u64 = 0xAA00;
@@ -39,7 +39,7 @@ pub fn inject_userfaultfd(
     source: FaultSource,
     keep_open: bool,
 ) -> Result<(OwnedFd, Option<i32>), PagesError> {
-    on_own_thread(pid, || {
+    tracing(pid, || {
         let process = open_process(pid)?;
         let mut tracee = Tracee::seize(pid, 0)?;
         let number = match source {
@@ -104,7 +104,7 @@ fn inject(
     number: libc::c_long,
     arguments: &[u64],
 ) -> Result<(), PagesError> {
-    on_own_thread(pid, || {
+    tracing(pid, || {
         Tracee::seize(pid, 0)?
             .call(name, number, arguments)
             .map(drop)

@@ -8,7 +8,7 @@ use nix::sys::ptrace::Options;
 
 use crate::PagesError;
 use crate::process::has_seccomp_filter;
-use crate::tracer::{SUSPEND_SECCOMP, Tracee, on_own_thread};
+use crate::tracer::{SUSPEND_SECCOMP, Tracee, tracing};
 
 /// Makes the keeper of a process and returns its number. The process is not disturbed, also when
 /// this fails; no child stays then.
@@ -21,7 +21,7 @@ use crate::tracer::{SUSPEND_SECCOMP, Tracee, on_own_thread};
 /// `Injected`. `EPERM` under a seccomp filter when we lack CAP_SYS_ADMIN: the filter may answer
 /// `clone` by killing the process, so without leave to suspend it nothing is tried.
 pub fn make_keeper(pid: i32) -> Result<i32, PagesError> {
-    on_own_thread(pid, || {
+    tracing(pid, || {
         let suspend = if has_seccomp_filter(pid)? {
             SUSPEND_SECCOMP
         } else {
@@ -48,7 +48,7 @@ pub fn make_keeper(pid: i32) -> Result<i32, PagesError> {
 /// # Errors
 /// `Injected`.
 pub fn reap_keeper(pid: i32, keeper: i32) -> Result<(), PagesError> {
-    on_own_thread(pid, || {
+    tracing(pid, || {
         let mut tracee = Tracee::seize(pid, 0)?;
         let process = nix::unistd::Pid::from_raw(keeper);
         let _ = nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL);

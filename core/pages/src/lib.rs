@@ -3,6 +3,7 @@
 //! Nothing here decides what to move or when. Pages are 4096 bytes everywhere; a page is named by
 //! the index of its RAM block and its index inside it, whatever page size the mapping has.
 
+mod apart;
 mod block;
 mod digest;
 mod error;

@@ -114,6 +114,16 @@ pub(crate) fn has_seccomp_filter(pid: i32) -> Result<bool, PagesError> {
     Ok(mode.is_some_and(|mode| mode.trim() == "2"))
 }
 
+/// Whether a process is no more than an exit status, or not even that.
+pub(crate) fn has_ended(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |text| {
+        let state = text
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        matches!(state, Some('Z' | 'X'))
+    })
+}
+
 pub(crate) fn open(pid: i32, path: &str) -> Result<OwnedFd, PagesError> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| unreadable(pid, path, &errno.into()))

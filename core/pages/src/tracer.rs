@@ -11,14 +11,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::ptrace::{self, Event, Options};
+use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::io::Errno;
 
 use crate::PagesError;
-use crate::process::mappings;
+use crate::apart::apart;
+use crate::process::{has_ended, mappings};
 
 /// How long a stopped thread may take to stop. One that waits in the kernel for something that
 /// does not come (its own missing page, a dead NFS server) cannot be stopped at all.
@@ -35,23 +35,42 @@ const USER_CS64: u64 = 0x33;
 /// `PTRACE_O_SUSPEND_SECCOMP`: its seccomp filter does not see the calls made meanwhile.
 pub(crate) const SUSPEND_SECCOMP: i32 = 1 << 21;
 
-/// Runs `work` on a thread of its own. Tracing belongs to one OS thread, and the kernel lets go
-/// of all that a thread traces when it ends, whatever happened in it.
+const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
+const EVENT_CLONE: i32 = libc::PTRACE_EVENT_CLONE;
+
+/// Why a traced thread stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// It enters or leaves a system call.
+    Syscall,
+    /// `EVENT_CLONE`, or `EVENT_STOP`: interrupted, stopped by job control, or just born.
+    Event(i32),
+    /// A signal is about to be delivered.
+    Signal(i32),
+}
+
+impl Stop {
+    fn from_status(status: i32) -> Self {
+        match (status >> 8, status & 0xff) {
+            (0, signal) if signal == libc::SIGTRAP | 0x80 => Self::Syscall,
+            (0, signal) => Self::Signal(signal),
+            (event, _) => Self::Event(event),
+        }
+    }
+}
+
+/// Runs `work`, which traces `pid`, in a process of its own.
 ///
 /// That `pid` is gone is an error of the injection like any other, `ESRCH`.
-pub(crate) fn on_own_thread<T: Send>(
+pub(crate) fn tracing<T: Send>(
     pid: i32,
     work: impl FnOnce() -> Result<T, PagesError> + Send,
 ) -> Result<T, PagesError> {
-    thread::scope(|scope| match scope.spawn(work).join() {
-        Ok(Err(PagesError::Gone { .. })) => Err(PagesError::Injected {
-            pid,
-            call: "tracing",
-            errno: Errno::SRCH,
-        }),
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })
+    let injected = |call, errno| PagesError::Injected { pid, call, errno };
+    match apart(work).map_err(|errno| injected("starting the tracer", errno))? {
+        Err(PagesError::Gone { .. }) => Err(injected("tracing", Errno::SRCH)),
+        result => result,
+    }
 }
 
 /// A stopped thread. Dropping it puts everything back and lets it go on.
@@ -61,8 +80,6 @@ pub(crate) struct Tracee {
     signal_mask: u64,
     /// Address of a `syscall` instruction.
     syscall: u64,
-    /// A job-control stop arrived meanwhile and is owed to it.
-    owed_stop: bool,
     /// Whether there is something to put back: taken over, and neither ended nor given up.
     ours: bool,
 }
@@ -72,13 +89,18 @@ impl Tracee {
     pub fn seize(pid: i32, options: i32) -> Result<Self, PagesError> {
         let pid = Pid::from_raw(pid);
         let options = Options::from_bits_retain(options | Options::PTRACE_O_TRACESYSGOOD.bits());
-        step(pid, "PTRACE_SEIZE", ptrace::seize(pid, options))?;
+        // The kernel says EPERM of a process that has ended and is not reaped yet.
+        let seized = ptrace::seize(pid, options).map_err(|errno| match errno {
+            nix::Error::EPERM if has_ended(pid.as_raw()) => nix::Error::ESRCH,
+            errno => errno,
+        });
+        step(pid, "PTRACE_SEIZE", seized)?;
         let mut this = Self::unstopped(pid);
         let taken = step(pid, "PTRACE_INTERRUPT", ptrace::interrupt(pid))
-            .and_then(|()| this.wait_for(is_event_stop))
+            .and_then(|()| this.wait_for(Stop::Event(EVENT_STOP)))
             .and_then(|()| this.take_over());
         if taken.is_err() {
-            // Still as it was; if it cannot be let go here, the end of this OS thread does it.
+            // Still as it was; if it cannot be let go here, the end of the tracer does it.
             let _ = ptrace::detach(pid, None);
         }
         taken.map(|()| this)
@@ -91,7 +113,7 @@ impl Tracee {
 
     /// Waits until the child has arrived, before its first instruction.
     pub fn arrive(&mut self, syscall: u64) -> Result<(), PagesError> {
-        self.wait_for(is_event_stop)?;
+        self.wait_for(Stop::Event(EVENT_STOP))?;
         self.registers = self.get_registers()?;
         self.syscall = syscall;
         Ok(())
@@ -104,7 +126,6 @@ impl Tracee {
             registers: unsafe { std::mem::zeroed() },
             signal_mask: 0,
             syscall: 0,
-            owed_stop: false,
             ours: false,
         }
     }
@@ -145,10 +166,10 @@ impl Tracee {
     /// Runs `clone` and returns the child, which is attached and waits.
     pub fn call_clone(&mut self, flags: u64) -> Result<Self, PagesError> {
         self.begin(libc::SYS_clone, &[flags, 0, 0, 0, 0])?;
-        self.resume_to_stop()?;
+        self.resume(0)?;
         match self.wait()? {
-            WaitStatus::PtraceEvent(_, _, event) if event == Event::PTRACE_EVENT_CLONE as i32 => {}
-            WaitStatus::PtraceSyscall(_) => {
+            Stop::Event(EVENT_CLONE) => {}
+            Stop::Syscall => {
                 return Err(match self.result("clone") {
                     Ok(_) => self.failed("clone", Errno::PROTO),
                     Err(error) => error,
@@ -187,13 +208,13 @@ impl Tracee {
             *slot = *argument;
         }
         self.set_registers(registers)?;
-        self.resume_to_stop()?;
-        self.wait_for(is_syscall_stop)
+        self.resume(0)?;
+        self.wait_for(Stop::Syscall)
     }
 
     fn finish(&mut self, name: &'static str) -> Result<u64, PagesError> {
-        self.resume_to_stop()?;
-        self.wait_for(is_syscall_stop)?;
+        self.resume(0)?;
+        self.wait_for(Stop::Syscall)?;
         self.result(name)
     }
 
@@ -235,7 +256,7 @@ impl Tracee {
         step(self.pid, name, nix::errno::Errno::result(result).map(drop))
     }
 
-    /// The kernel kills it should this OS thread end before it is let go.
+    /// The kernel kills it should the tracer end before it is let go.
     pub fn die_with_us(&self) -> Result<(), PagesError> {
         let options = Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACESYSGOOD;
         step(
@@ -257,12 +278,10 @@ impl Tracee {
         let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
         let began = Instant::now();
         while began.elapsed() < STOP_LIMIT {
-            let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-            match waitpid(self.pid, Some(flags)) {
-                Ok(WaitStatus::Signaled(..) | WaitStatus::Exited(..)) | Err(nix::Error::ECHILD) => {
-                    return;
-                }
-                _ => thread::yield_now(),
+            match self.poll() {
+                Ok(Some(status)) if libc::WIFSTOPPED(status) => {}
+                Ok(None) => thread::yield_now(),
+                Ok(Some(_)) | Err(_) => return,
             }
         }
     }
@@ -306,34 +325,51 @@ impl Tracee {
         )
     }
 
-    fn resume_to_stop(&self) -> Result<(), PagesError> {
-        step(self.pid, "PTRACE_SYSCALL", ptrace::syscall(self.pid, None))
+    /// Lets it run to its next stop, and delivers a signal to it unless 0.
+    fn resume(&self, signal: i32) -> Result<(), PagesError> {
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: PTRACE_SYSCALL takes no address, and a signal number.
+        let result = unsafe {
+            libc::ptrace(
+                libc::PTRACE_SYSCALL,
+                self.pid.as_raw(),
+                nothing,
+                libc::c_long::from(signal),
+            )
+        };
+        step(
+            self.pid,
+            "PTRACE_SYSCALL",
+            nix::errno::Errno::result(result).map(drop),
+        )
     }
 
-    /// Waits for a stop of the kind, and sends the thread on through stops for signals. All that
-    /// can be blocked are; what remains is SIGSTOP, which it gets when it is let go.
-    fn wait_for(&mut self, wanted: fn(&WaitStatus) -> bool) -> Result<(), PagesError> {
+    /// Waits for a stop of the kind, and sends the thread on through others. Signals that it was
+    /// about to get it gets: one on its way when it was seized, or SIGSTOP, which cannot be
+    /// blocked; that one takes effect when the thread is let go.
+    fn wait_for(&mut self, wanted: Stop) -> Result<(), PagesError> {
         loop {
-            let status = self.wait()?;
-            if wanted(&status) {
+            let stop = self.wait()?;
+            if stop == wanted {
                 return Ok(());
             }
-            if let WaitStatus::Stopped(_, signal) = status {
-                self.owed_stop |= signal == Signal::SIGSTOP;
-            }
-            self.resume_to_stop()?;
+            self.resume(if let Stop::Signal(signal) = stop {
+                signal
+            } else {
+                0
+            })?;
         }
     }
 
-    fn wait(&mut self) -> Result<WaitStatus, PagesError> {
+    fn wait(&mut self) -> Result<Stop, PagesError> {
         let began = Instant::now();
         loop {
-            self.peek_end()?;
-            let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-            match waitpid(self.pid, Some(flags)) {
-                Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => {}
-                Ok(status) => return Ok(status),
-                Err(errno) => return step(self.pid, "waiting for a stop", Err(errno)),
+            if let Some(status) = self.poll()? {
+                if libc::WIFSTOPPED(status) {
+                    return Ok(Stop::from_status(status >> 8));
+                }
+                self.ours = false;
+                return Err(self.failed("tracing", Errno::SRCH));
             }
             let waited = began.elapsed();
             if waited > STOP_LIMIT {
@@ -347,27 +383,17 @@ impl Tracee {
         }
     }
 
-    /// An end is looked at and left for whoever is its parent, which may be us elsewhere.
-    fn peek_end(&mut self) -> Result<(), PagesError> {
-        // SAFETY: a structure of integers.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
-        // SAFETY: writes one siginfo_t.
-        let result = unsafe {
-            libc::waitid(
-                libc::P_PID,
-                self.pid.as_raw() as libc::id_t,
-                &raw mut info,
-                flags,
-            )
-        };
-        // SAFETY: waitid sets these fields, or leaves the zeros.
-        let ended = result == 0 && unsafe { info.si_pid() } != 0;
-        if ended {
-            self.ours = false;
-            return Err(self.failed("tracing", Errno::SRCH));
+    /// Its wait status, when there is one. The status of an end goes on to its parent.
+    fn poll(&self) -> Result<Option<i32>, PagesError> {
+        let mut status = 0;
+        let flags = libc::WNOHANG | libc::__WALL;
+        // SAFETY: writes one integer.
+        let found = unsafe { libc::waitpid(self.pid.as_raw(), &raw mut status, flags) };
+        match nix::errno::Errno::result(found) {
+            Ok(0) | Err(nix::Error::EINTR) => Ok(None),
+            Ok(_) => Ok(Some(status)),
+            Err(errno) => step(self.pid, "waiting for a stop", Err(errno)),
         }
-        Ok(())
     }
 
     fn failed(&self, call: &'static str, errno: Errno) -> PagesError {
@@ -383,14 +409,11 @@ impl Tracee {
     /// it the kernel's own "to be restarted".
     fn put_back(&mut self) -> Result<(), PagesError> {
         step(self.pid, "PTRACE_INTERRUPT", ptrace::interrupt(self.pid))?;
-        self.resume_to_stop()?;
-        self.wait_for(is_event_stop)?;
+        self.resume(0)?;
+        self.wait_for(Stop::Event(EVENT_STOP))?;
         self.set_registers(self.registers)?;
         self.set_signal_mask(self.signal_mask)?;
         step(self.pid, "PTRACE_DETACH", ptrace::detach(self.pid, None))?;
-        if self.owed_stop {
-            let _ = nix::sys::signal::kill(self.pid, Signal::SIGSTOP);
-        }
         Ok(())
     }
 }
@@ -402,15 +425,6 @@ impl Drop for Tracee {
             let _ = self.put_back();
         }
     }
-}
-
-fn is_event_stop(status: &WaitStatus) -> bool {
-    matches!(status, WaitStatus::PtraceEvent(_, _, event)
-        if *event == Event::PTRACE_EVENT_STOP as i32)
-}
-
-fn is_syscall_stop(status: &WaitStatus) -> bool {
-    matches!(status, WaitStatus::PtraceSyscall(_))
 }
 
 fn step<T>(pid: Pid, call: &'static str, result: nix::Result<T>) -> Result<T, PagesError> {
