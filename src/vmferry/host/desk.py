@@ -55,7 +55,7 @@ class StreamDesk:
     def deliver(self, token: bytes, urgent: bool, stream: Stream) -> bool:
         """Takes a stream over; False (and closed) when nobody waits for it."""
         expected = self._expected.get(token)
-        if expected is None or expected.complete.done() or expected.has_enough(urgent):
+        if expected is None or expected.complete.cancelled() or expected.has_enough(urgent):
             stream.close()
             return False
         if urgent:
@@ -63,10 +63,11 @@ class StreamDesk:
         else:
             expected.bulk.append(stream)
         if expected.urgent is not None and expected.has_enough(urgent=False):
+            del self._expected[token]
             expected.complete.set_result((expected.bulk, expected.urgent))
         return True
 
     def _forget(self, token: bytes) -> None:
-        expected = self._expected.pop(token)
-        if expected.complete.cancelled():
+        expected = self._expected.pop(token, None)
+        if expected is not None:
             expected.close_all()

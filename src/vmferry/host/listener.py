@@ -183,12 +183,12 @@ class Listener:
         await self._pairing.admit(reader, writer)
 
     async def _take_stream(self, sock: socket.socket) -> None:
-        from vmferry._core import CoreError, Credentials, Stream
-
         # Without somebody who waits, no thread is given to a stranger.
         if not self._desk.expects_any():
             sock.close()
             raise PeerError("it brings pages that nobody waits for")
+        from vmferry._core import CoreError, Credentials, Stream
+
         peers = [peer.certificate.encode() for peer in self._book.all()]
         credentials = Credentials(self._identity.certificate, self._identity.key, peers)
         sock.setblocking(True)
@@ -224,7 +224,7 @@ async def _secure(
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return "its certificate is not one of a paired host"
-    if isinstance(error, ssl.SSLError) and "NO_CERTIFICATE" in (error.reason or "").upper():
+    if isinstance(error, ssl.SSLError) and "NOT_RETURN_A_CERTIFICATE" in (error.reason or ""):
         return "it shows no certificate"
     if isinstance(error, OSError):
         return f"it could not be secured ({getattr(error, 'reason', None) or error})"

@@ -168,20 +168,20 @@ def _attach() -> Capability:
         remedy = "build the core: `make build`"
         return Capability(name, False, f"the compiled core is missing ({error})", remedy)
     remedy = "see the lines on ptrace, userfaultfd and kernel above"
-    sleeper = subprocess.Popen(
-        ["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, close_fds=True
-    )
     try:
-        block = _core.Block("probe", *_wait_for_heap(sleeper.pid))
-        descriptor, _ = _core.inject_userfaultfd(sleeper.pid, user_mode_only=False, keep_open=False)
-        tracker = _core.Tracker(_core.Memory(sleeper.pid, [block]), descriptor)
-        pages = len(tracker.scan())
-        tracker.close()
+        with subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL) as sleeper:
+            try:
+                block = _core.Block("probe", *_wait_for_heap(sleeper.pid))
+                descriptor, _ = _core.inject_userfaultfd(
+                    sleeper.pid, user_mode_only=False, keep_open=False
+                )
+                tracker = _core.Tracker(_core.Memory(sleeper.pid, [block]), descriptor)
+                pages = len(tracker.scan())
+                tracker.close()
+            finally:
+                sleeper.kill()
     except (OSError, _core.CoreError) as error:
         return Capability(name, False, str(error), remedy)
-    finally:
-        sleeper.kill()
-        sleeper.wait()
     detail = f"a process's writes were tracked from outside ({pages} pages, tried)"
     return Capability(name, pages > 0, detail, remedy)
 
