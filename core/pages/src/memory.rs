@@ -141,6 +141,14 @@ impl Memory {
         self.write_pieces(vec![piece], data)
     }
 
+    /// Whether a range of bytes lies inside a block.
+    ///
+    /// # Errors
+    /// `Argument` when it does not.
+    pub fn check_range(&self, block: u16, offset: u64, length: usize) -> Result<(), PagesError> {
+        self.piece(block, offset, length).map(drop)
+    }
+
     fn piece(&self, block: u16, offset: u64, length: usize) -> Result<RemoteIoVec, PagesError> {
         let found = self
             .blocks

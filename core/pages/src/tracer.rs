@@ -7,12 +7,11 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::Pid;
 use rustix::io::Errno;
 
@@ -23,9 +22,6 @@ use crate::process::{has_ended, mappings};
 /// How long a stopped thread may take to stop. One that waits in the kernel for something that
 /// does not come (its own missing page, a dead NFS server) cannot be stopped at all.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-
-/// After so long, waiting costs sleeps instead of a core.
-const SPIN: Duration = Duration::from_millis(1);
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
@@ -67,6 +63,17 @@ pub(crate) fn tracing<T: Send>(
     work: impl FnOnce() -> Result<T, PagesError> + Send,
 ) -> Result<T, PagesError> {
     let injected = |call, errno| PagesError::Injected { pid, call, errno };
+    let work = || {
+        let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+        // SAFETY: no handler is installed; the table is this process's own.
+        unsafe { sigaction(Signal::SIGCHLD, &default) }.map_err(|errno| {
+            injected(
+                "preparing the tracer",
+                Errno::from_raw_os_error(errno as i32),
+            )
+        })?;
+        work()
+    };
     match apart(work).map_err(|errno| injected("starting the tracer", errno))? {
         Err(PagesError::Gone { .. }) => Err(injected("tracing", Errno::SRCH)),
         result => result,
@@ -280,7 +287,7 @@ impl Tracee {
         while began.elapsed() < STOP_LIMIT {
             match self.poll() {
                 Ok(Some(status)) if libc::WIFSTOPPED(status) => {}
-                Ok(None) => thread::yield_now(),
+                Ok(None) => wait_for_news(STOP_LIMIT.saturating_sub(began.elapsed())),
                 Ok(Some(_)) | Err(_) => return,
             }
         }
@@ -371,15 +378,11 @@ impl Tracee {
                 self.ours = false;
                 return Err(self.failed("tracing", Errno::SRCH));
             }
-            let waited = began.elapsed();
-            if waited > STOP_LIMIT {
+            let left = STOP_LIMIT.saturating_sub(began.elapsed());
+            if left.is_zero() {
                 return Err(self.failed("waiting for its main thread to stop", Errno::TIMEDOUT));
             }
-            if waited < SPIN {
-                thread::yield_now();
-            } else {
-                thread::sleep(SPIN);
-            }
+            wait_for_news(left);
         }
     }
 
@@ -425,6 +428,18 @@ impl Drop for Tracee {
             let _ = self.put_back();
         }
     }
+}
+
+/// Until a trace stop or an end is announced by SIGCHLD, which `apart` has blocked.
+fn wait_for_news(limit: Duration) {
+    let mut news = SigSet::empty();
+    news.add(Signal::SIGCHLD);
+    let limit = libc::timespec {
+        tv_sec: limit.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(limit.subsec_nanos()),
+    };
+    // SAFETY: reads the two; whatever ends it, the caller looks again.
+    unsafe { libc::sigtimedwait(news.as_ref(), std::ptr::null_mut(), &raw const limit) };
 }
 
 fn step<T>(pid: Pid, call: &'static str, result: nix::Result<T>) -> Result<T, PagesError> {

@@ -333,26 +333,14 @@ impl Memory {
         block: u16,
         offset: u64,
         length: usize,
-    ) -> Result<Bound<'py, PyBytes>, Failure> {
-        let inside = self
-            .0
-            .blocks()
-            .get(usize::from(block))
-            .is_some_and(|block| {
-                offset
-                    .checked_add(length as u64)
-                    .is_some_and(|end| end <= block.length)
-            });
-        if !inside {
-            return Err(argument(format!(
-                "{length} bytes at {offset} are not inside block {block}"
-            )));
-        }
-        let data = py.detach(|| {
-            let mut data = vec![0; length];
-            self.0.read(block, offset, &mut data).map(|()| data)
-        })?;
-        Ok(PyBytes::new(py, &data))
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        self.0
+            .check_range(block, offset, length)
+            .map_err(Failure::from)?;
+        PyBytes::new_with(py, length, |data| {
+            py.detach(|| self.0.read(block, offset, data))
+                .map_err(|error| Failure::from(error).into())
+        })
     }
 
     fn write(&self, py: Python<'_>, block: u16, offset: u64, data: &[u8]) -> Result<(), Failure> {
