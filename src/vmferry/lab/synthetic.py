@@ -55,7 +55,7 @@ class SyntheticGuest:
 
 
 def binary() -> Path:
-    """Where the program lies: VMFERRY_SYNTHETIC, this tree's build, or PATH (GuestError: nowhere)."""
+    """Where the program lies: VMFERRY_SYNTHETIC, this tree's build, or PATH; else GuestError."""
     built = Path(__file__).parents[3] / "target" / "release" / BINARY
     for candidate in (os.environ.get("VMFERRY_SYNTHETIC"), built, shutil.which(BINARY)):
         if candidate is not None and Path(candidate).is_file():
