@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import cast
 
 import pytest
-from conftest import Hosts
+from tests.host.daemons_in_process import Hosts
 
+from vmferry._core import Stream
 from vmferry.errors import PeerError
 from vmferry.host.daemon import Daemon
 from vmferry.host.desk import TOKEN_BYTES, StreamDesk
@@ -27,15 +29,19 @@ class FakeStream:
         self.closed = True
 
 
+def _deliver(desk: StreamDesk, token: bytes, urgent: bool, stream: FakeStream) -> bool:
+    return desk.deliver(token, urgent, cast("Stream", stream))
+
+
 def test_a_set_is_handed_over_when_it_is_whole() -> None:
     async def scenario() -> None:
         desk = StreamDesk()
         waiting = desk.expect(TOKEN, 2)
         bulk, urgent = [FakeStream(), FakeStream()], FakeStream()
-        assert desk.deliver(TOKEN, False, bulk[0])
-        assert desk.deliver(TOKEN, True, urgent)
+        assert _deliver(desk, TOKEN, False, bulk[0])
+        assert _deliver(desk, TOKEN, True, urgent)
         assert not waiting.done()
-        assert desk.deliver(TOKEN, False, bulk[1])
+        assert _deliver(desk, TOKEN, False, bulk[1])
         assert await waiting == (bulk, urgent)
         assert not desk.expects_any()
 
@@ -47,14 +53,14 @@ def test_what_nobody_waits_for_is_closed() -> None:
         desk = StreamDesk()
         waiting = desk.expect(TOKEN, 1)
         stray, second, urgent, more = [FakeStream() for _ in range(4)]
-        assert not desk.deliver(bytes(TOKEN_BYTES), False, stray)
-        assert desk.deliver(TOKEN, True, urgent)
-        assert not desk.deliver(TOKEN, True, second)
-        assert desk.deliver(TOKEN, False, FakeStream())
-        assert not desk.deliver(TOKEN, False, more)
+        assert not _deliver(desk, bytes(TOKEN_BYTES), False, stray)
+        assert _deliver(desk, TOKEN, True, urgent)
+        assert not _deliver(desk, TOKEN, True, second)
+        assert _deliver(desk, TOKEN, False, FakeStream())
+        assert not _deliver(desk, TOKEN, False, more)
         await waiting
         late = FakeStream()
-        assert not desk.deliver(TOKEN, False, late)
+        assert not _deliver(desk, TOKEN, False, late)
         assert [s.closed for s in (stray, second, more, late)] == [True] * 4
         assert not urgent.closed
 
@@ -66,7 +72,7 @@ def test_a_time_out_closes_what_came() -> None:
         desk = StreamDesk()
         early = FakeStream()
         waiting = desk.expect(TOKEN, 2)
-        desk.deliver(TOKEN, False, early)
+        _deliver(desk, TOKEN, False, early)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await waiting

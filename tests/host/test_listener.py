@@ -8,7 +8,7 @@ import socket
 import ssl
 
 import pytest
-from conftest import Hosts
+from tests.host.daemons_in_process import Hosts
 
 from vmferry.errors import PeerError
 from vmferry.host import greeting, listener

@@ -7,9 +7,9 @@ import base64
 from pathlib import Path
 
 import pytest
-from conftest import Hosts
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.host.daemons_in_process import Hosts
 
 from vmferry.errors import PeerError, Refused
 from vmferry.host import api
