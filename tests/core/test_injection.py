@@ -243,7 +243,7 @@ def test_a_keeper_does_not_disturb_and_leaves_nothing(child: Child) -> None:
 
 def test_a_keeper_passes_a_seccomp_filter_that_kills(child: Child) -> None:
     child.tell("fill", pages=[1])
-    child.tell("forbid-clone")
+    child.tell("forbid-new-processes")
     keeper = core.make_keeper(child.pid)
     assert child.tell("look", pages=[1]) == [2]
     child.process.kill()

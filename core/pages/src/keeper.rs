@@ -32,7 +32,7 @@ pub fn make_keeper(pid: i32) -> Result<i32, PagesError> {
         // parent is not told of its end.
         let mut keeper = tracee.call_clone(libc::CLONE_VM as u64)?;
         let number = keeper.number();
-        match settle(&mut keeper, tracee.syscall_address()) {
+        match settle(&mut keeper, tracee.syscall_address(), suspend) {
             Ok(()) => keeper.release().map(|()| number),
             Err(error) => {
                 keeper.kill();
@@ -71,9 +71,9 @@ fn reap(parent: &mut Tracee, child: i32) -> Result<(), PagesError> {
 ///
 /// `pause` has no way back: only a signal handler ends it, and every signal is blocked. After a
 /// stop or a debugger the kernel runs the same `syscall` instruction again with the same number.
-fn settle(keeper: &mut Tracee, syscall: u64) -> Result<(), PagesError> {
+fn settle(keeper: &mut Tracee, syscall: u64, suspend: i32) -> Result<(), PagesError> {
     keeper.arrive(syscall)?;
-    keeper.die_with_us()?;
+    keeper.die_with_tracer(suspend)?;
     keeper.set_signal_mask(u64::MAX)?;
     keeper.call(
         "close_range",

@@ -263,9 +263,12 @@ impl Tracee {
         step(self.pid, name, nix::errno::Errno::result(result).map(drop))
     }
 
-    /// The kernel kills it should the tracer end before it is let go.
-    pub fn die_with_us(&self) -> Result<(), PagesError> {
-        let options = Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACESYSGOOD;
+    /// The kernel kills it should the tracer end before it is let go. Replaces the options that
+    /// it inherited, so those still needed are named again.
+    pub fn die_with_tracer(&self, options: i32) -> Result<(), PagesError> {
+        let options =
+            options | (Options::PTRACE_O_EXITKILL | Options::PTRACE_O_TRACESYSGOOD).bits();
+        let options = Options::from_bits_retain(options);
         step(
             self.pid,
             "PTRACE_SETOPTIONS",
