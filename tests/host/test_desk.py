@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from tests.host.daemons_in_process import Hosts
 
-from vmferry._core import Stream
 from vmferry.errors import PeerError
 from vmferry.host.daemon import Daemon
 from vmferry.host.desk import TOKEN_BYTES, StreamDesk
 from vmferry.host.links import Link
 from vmferry.host.peers import Peer
+
+if TYPE_CHECKING:
+    from vmferry._core import Stream
 
 TOKEN = bytes(range(TOKEN_BYTES))
 

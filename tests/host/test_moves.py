@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -17,6 +18,11 @@ from vmferry.host.api import Answer, Happened, Moment
 from vmferry.host.moves import Moves, RunningMove
 from vmferry.report.records import Event, Progress, Report
 from vmferry.strategies import METHODS, Bounds
+
+if TYPE_CHECKING:
+    from vmferry.guest.process import GuestProcess
+
+    from vmferry.engine.deadman import DeadMan
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,14 @@ class Guest:
 
 def _order(name: str = "g", pid: int = 1) -> MoveOrder:
     return MoveOrder(
-        guest=Guest(name, pid, Path(f"/run/{name}.qmp")),  # type: ignore[arg-type]
+        guest=cast("GuestProcess", Guest(name, pid, Path(f"/run/{name}.qmp"))),
         method=METHODS["pre-copy"],
         bounds=Bounds(),
         verify=False,
         source_host="a",
         destination_host="b",
         state_dir=Path("/nowhere"),
-        deadman=None,  # type: ignore[arg-type]
+        deadman=cast("DeadMan", None),
     )
 
 
@@ -56,14 +62,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[EngineMove], None]:
 
     def put(move: EngineMove) -> None:
         module = ModuleType("vmferry.engine.source")
-        module.move = move  # type: ignore[attr-defined]
+        vars(module)["move"] = move
         monkeypatch.setitem(sys.modules, "vmferry.engine.source", module)
 
     return put
 
 
 def _start(moves: Moves, order: MoveOrder, told: list[Answer] | None = None) -> RunningMove:
-    return moves.start(order, None, (told if told is not None else []).append)  # type: ignore[arg-type]
+    watcher = (told if told is not None else []).append
+    return moves.start(order, cast("PeerLink", None), watcher)
 
 
 async def _until_cancelled(order: MoveOrder, peer: PeerLink, observer: Observer) -> Report:
@@ -149,7 +156,11 @@ def test_a_move_is_cancelled_by_any_name_of_its_guest(
 def test_how_it_failed_is_a_report_and_a_refusal_is_not(
     engine: Callable[[EngineMove], None],
 ) -> None:
-    errors = [MoveFailed("the link broke"), Cancelled("somebody asked"), KeyError("a bug")]
+    errors: list[Exception] = [
+        MoveFailed("the link broke"),
+        Cancelled("somebody asked"),
+        KeyError("a bug"),
+    ]
 
     async def scenario() -> None:
         moves = Moves()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,6 @@ def test_two_hosts_pair_and_each_knows_where_the_other_listens(hosts: Hosts) -> 
     asyncio.run(scenario())
 
 
-def _with(token: Token, **changes: object) -> str:
-    fields = {name: getattr(token, name) for name in ("address", "port", "fingerprint", "secret")}
-    return str(Token(**{**fields, **changes}))  # type: ignore[arg-type]
-
-
 def test_a_wrong_secret_is_refused_and_the_right_one_still_works(hosts: Hosts) -> None:
     async def scenario() -> None:
         async with hosts.running():
@@ -80,7 +76,7 @@ def test_a_wrong_secret_is_refused_and_the_right_one_still_works(hosts: Hosts) -
             assert isinstance(answer, api.Done)
             token = Token.parse(answer.text)
             with pytest.raises(Refused, match="does not know this token"):
-                await hosts.ask(b, api.Pair(token=_with(token, secret=bytes(16))))
+                await hosts.ask(b, api.Pair(token=str(replace(token, secret=bytes(16)))))
             assert a.book.all() == b.book.all() == []
             await hosts.ask(b, api.Pair(token=answer.text))
             assert [peer.name for peer in a.book.all()] == ["b"]
@@ -112,7 +108,7 @@ def test_nothing_is_told_to_a_host_with_another_certificate(hosts: Hosts) -> Non
             await hosts.ask(impostor, api.Invite())
             assert isinstance(answer, api.Done)
             assert impostor.place is not None
-            token = _with(Token.parse(answer.text), port=impostor.place.port)
+            token = str(replace(Token.parse(answer.text), port=impostor.place.port))
             with pytest.raises(PeerError, match="nothing was told"):
                 await hosts.ask(b, api.Pair(token=token))
             assert impostor.book.all() == b.book.all() == []
@@ -186,7 +182,7 @@ def test_a_proof_is_of_no_use_to_another_certificate(hosts: Hosts, tmp_path: Pat
                     patch.undo()
                     accept(join, seen)
 
-                a.pairing._accept = accept_truly  # type: ignore[method-assign]
+                patch.setattr(a.pairing, "_accept", accept_truly)
                 with pytest.raises(Refused, match="does not know this token"):
                     await join(token, thief, PeerBook(tmp_path / "thief", thief), "", 1)
             assert a.book.all() == []

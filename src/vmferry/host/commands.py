@@ -185,9 +185,9 @@ class Commands:
         for guest in await guests.all_guests():
             one = moving.get(guest.pid)
             state = f"moving to {one.order.destination_host}: {one.phase}" if one else "here"
-            lines.append(GuestLine(guest.name, guest.pid, state))
+            lines.append(GuestLine(_printable(guest.name), guest.pid, state))
         lines += [
-            GuestLine(arrival.guest, 0, f"arriving from {arrival.source}")
+            GuestLine(_printable(arrival.guest), 0, f"arriving from {arrival.source}")
             for arrival in self.moves.arriving
         ]
         address, port = self.place.reached_by()
@@ -202,6 +202,11 @@ class Commands:
     async def _check(self, request: Check) -> Answer:
         link = Link(self.identity, self.book.find(request.host), self.hello)
         return Findings(findings=await host_findings(link))
+
+
+def _printable(name: str) -> str:
+    """A guest's name is its owner's to choose, and goes to a terminal."""
+    return name if name.isprintable() else repr(name)
 
 
 async def _forward(answers: asyncio.Queue[Answer], client: Client) -> None:
