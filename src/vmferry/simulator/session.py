@@ -88,6 +88,7 @@ class SimulatedSession:
         self._loop = asyncio.get_running_loop()
         self._guest_at = self._loop.time()
         self._scanned = False
+        self._pushed = False
         self._stopped = False
         self._page_s = 0.0
 
@@ -104,9 +105,11 @@ class SimulatedSession:
             dirty = dirty | self._populated()
             self._scanned = True
         self.owed = self.owed | dirty
-        if self.rounds:
+        if self._pushed:
+            # The first scan after a push says what was dirtied meanwhile; later ones are short.
             last = self.rounds[-1]
             self.rounds[-1] = Round(last.pages, last.wire_bytes, last.seconds, len(dirty))
+            self._pushed = False
         await asyncio.sleep(self.costs.scan_s)
         if self._stopped:
             self.parts.scan_s += self.costs.scan_s
@@ -133,6 +136,7 @@ class SimulatedSession:
         self.owed = self.owed - pages
         self.pushed_pages += count
         self.rounds.append(Round(count, wire_bytes, seconds, 0))
+        self._pushed = True
         if count >= RATE_SAMPLE_PAGES or not self._page_s:
             self._page_s = seconds / max(1, count)
         if self._stopped:
