@@ -33,7 +33,9 @@ def map_memory(kind: str, pages: int, path: str) -> mmap.mmap:
         return memory
     if kind == "private-huge":
         return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if kind.startswith("memfd"):
+    if kind.startswith("huge"):
+        descriptor = os.memfd_create("ram", os.MFD_HUGETLB)
+    elif kind.startswith("memfd"):
         descriptor = os.memfd_create("ram")
     else:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -85,86 +87,105 @@ def forbid_new_processes() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def spin(seconds: float) -> int:
-    """The main thread in user code, never in a system call for long."""
-    end = time.monotonic() + seconds
-    total = 0
-    while time.monotonic() < end:
-        total += sum(range(1000)) == 499500
-    return total
+class Child:
+    """One method an order, named as the order is; its arguments are the order's."""
+
+    def __init__(self, kind: str, pages: int, path: str) -> None:
+        self.memory = map_memory(kind, pages, path)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.view = memoryview(self.memory)
+        self.threads: Busy | None = None
+        self.alarms = 0
+        signal.signal(signal.SIGALRM, self.at_alarm)
+
+    def at_alarm(self, *_: object) -> None:
+        self.alarms += 1
+
+    def page(self, page: int) -> memoryview:
+        return self.view[page * PAGE : (page + 1) * PAGE]
+
+    def write(self, pages: list[int], value: int) -> None:
+        for page in pages:
+            self.page(page)[:8] = struct.pack("Q", value)
+
+    def fill(self, pages: list[int]) -> None:
+        for page in pages:
+            self.page(page)[:] = struct.pack("Q", page + 1) * 512
+
+    def look(self, pages: list[int]) -> list[int]:
+        return [self.page(page)[0] for page in pages]
+
+    def read_into(self, pages: list[int]) -> None:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"\x55" * PAGE)
+            file.flush()
+            for page in pages:
+                os.preadv(file.fileno(), [self.page(page)], 0)
+
+    def discard(self, page: int, count: int) -> None:
+        self.memory.madvise(mmap.MADV_DONTNEED, page * PAGE, count * PAGE)
+
+    def punch(self, page: int, count: int) -> None:
+        self.memory.madvise(mmap.MADV_REMOVE, page * PAGE, count * PAGE)
+
+    def evict(self) -> None:
+        self.memory.madvise(MADV_PAGEOUT)
+
+    def busy(self, threads: int) -> None:
+        self.threads = Busy(threads)
+
+    def idle(self) -> dict[str, object]:
+        assert self.threads is not None
+        return self.threads.end()
+
+    def spin(self, seconds: float) -> int:
+        """The main thread in user code, never in a system call for long."""
+        print("spinning", flush=True)
+        end = time.monotonic() + seconds
+        total = 0
+        while time.monotonic() < end:
+            total += sum(range(1000)) == 499500
+        return total
+
+    def ring(self, every: float) -> int:
+        """SIGALRM from now on, or with 0 no more; how many there were."""
+        signal.setitimer(signal.ITIMER_REAL, every, every)
+        return self.alarms
+
+    def sleep(self, seconds: float) -> float:
+        print("sleeping", flush=True)
+        began = time.monotonic()
+        time.sleep(seconds)
+        return time.monotonic() - began
+
+    def wait_signal(self) -> int | None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        print("waiting", flush=True)
+        info = signal.sigtimedwait({signal.SIGUSR1}, 60)
+        return None if info is None else int(info.si_signo)
+
+    def mask(self) -> list[int]:
+        return sorted(int(number) for number in signal.pthread_sigmask(0, set()))
+
+    def forbid_new_processes(self) -> None:
+        forbid_new_processes()
+
+    def open(self, path: str) -> int:
+        return os.open(path, os.O_RDWR)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def descriptors(self) -> list[str]:
+        return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
 
 
 def main() -> None:
-    memory = map_memory(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    view = memoryview(memory)
-    busy: Busy | None = None
-    alarms = 0
-
-    def at_alarm(*_: object) -> None:
-        nonlocal alarms
-        alarms += 1
-
-    signal.signal(signal.SIGALRM, at_alarm)
-    print(json.dumps({"address": address}), flush=True)
+    child = Child(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    print(json.dumps({"address": child.address}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        result: object = None
-        match order["do"]:
-            case "write":
-                for page in order["pages"]:
-                    view[page * PAGE : page * PAGE + 8] = struct.pack("Q", order["value"])
-            case "fill":
-                for page in order["pages"]:
-                    view[page * PAGE : (page + 1) * PAGE] = struct.pack("Q", page + 1) * 512
-            case "look":
-                result = [view[page * PAGE] for page in order["pages"]]
-            case "read-into":
-                with tempfile.TemporaryFile() as file:
-                    file.write(b"\x55" * PAGE)
-                    file.flush()
-                    for page in order["pages"]:
-                        os.preadv(file.fileno(), [view[page * PAGE : (page + 1) * PAGE]], 0)
-            case "discard":
-                memory.madvise(mmap.MADV_DONTNEED, order["page"] * PAGE, order["count"] * PAGE)
-            case "punch":
-                memory.madvise(mmap.MADV_REMOVE, order["page"] * PAGE, order["count"] * PAGE)
-            case "evict":
-                memory.madvise(MADV_PAGEOUT)
-            case "busy":
-                busy = Busy(order["threads"])
-            case "idle":
-                assert busy is not None
-                result = busy.end()
-            case "spin":
-                print("spinning", flush=True)
-                result = spin(order["seconds"])
-            case "alarms":
-                signal.setitimer(signal.ITIMER_REAL, order["every"], order["every"])
-            case "no-alarms":
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                result = alarms
-            case "sleep":
-                print("sleeping", flush=True)
-                began = time.monotonic()
-                time.sleep(order["seconds"])
-                result = time.monotonic() - began
-            case "wait-signal":
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-                print("waiting", flush=True)
-                info = signal.sigtimedwait({signal.SIGUSR1}, 60)
-                result = None if info is None else int(info.si_signo)
-            case "mask":
-                result = sorted(int(number) for number in signal.pthread_sigmask(0, set()))
-            case "forbid-new-processes":
-                forbid_new_processes()
-            case "open":
-                result = os.open(order["path"], os.O_RDWR)
-            case "close":
-                os.close(order["descriptor"])
-            case "descriptors":
-                result = sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-        print(json.dumps(result), flush=True)
+        print(json.dumps(getattr(child, order.pop("do"))(**order)), flush=True)
 
 
 if __name__ == "__main__":

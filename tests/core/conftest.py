@@ -30,8 +30,9 @@ class Child:
         self.pid = self.process.pid
         answer = self.answer()
         assert isinstance(answer, dict)
-        shared = kind in {"memfd", "file"}
-        self.block = core.Block("ram", answer["address"], pages * 4096, 4096, shared)
+        shared = kind in {"memfd", "file", "huge"}
+        page_size = 2 << 20 if kind.startswith("huge") else 4096
+        self.block = core.Block("ram", answer["address"], pages * 4096, page_size, shared)
         self.memory = core.Memory(self.pid, [self.block])
 
     def begin(self, do: str, **order: object) -> None:
@@ -84,3 +85,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def child(start: Start) -> Child:
     return start()
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """At least 16 free huge pages of 2 MiB, given back afterwards."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = pool.read_text()
+    pool.write_text(str(int(before) + 16))
+    yield
+    pool.write_text(before)

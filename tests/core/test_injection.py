@@ -7,12 +7,14 @@ import errno
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-
 from tests.core.conftest import Child, Start
+
 from vmferry import _core as core
 
 TIMES = 200
@@ -86,7 +88,7 @@ def test_a_sleep_is_neither_cut_nor_begun_anew(child: Child) -> None:
 
 
 def test_a_wait_for_a_signal_goes_on(child: Child) -> None:
-    child.begin("wait-signal")
+    child.begin("wait_signal")
     assert child.line() == "waiting"
     for _ in range(20):
         inject(child)
@@ -95,10 +97,10 @@ def test_a_wait_for_a_signal_goes_on(child: Child) -> None:
 
 
 def test_signals_that_arrive_meanwhile_are_delivered(child: Child) -> None:
-    child.tell("alarms", every=0.0005)
+    child.tell("ring", every=0.0005)
     for _ in range(TIMES):
         inject(child)
-    alarms = child.tell("no-alarms")
+    alarms = child.tell("ring", every=0)
     assert isinstance(alarms, int)
     assert alarms > 0
     assert child.tell("mask") == []
@@ -173,6 +175,39 @@ def test_a_thread_that_waits_for_the_end_of_a_child_sees_no_trace_stop(child: Ch
     assert ended == [(child.pid, signal.SIGKILL)]
 
 
+INJECT_FOR_EVER = """
+import os, sys
+from vmferry import _core as core
+pid = int(sys.argv[1])
+while True:
+    descriptor, _ = core.inject_userfaultfd(pid, user_mode_only=True, keep_open=False)
+    os.close(descriptor)
+    print(flush=True)
+    core.reap_keeper(pid, core.make_keeper(pid))
+"""
+
+
+def test_an_injector_that_is_killed_half_way_harms_nobody(child: Child) -> None:
+    child.tell("busy", threads=2)
+    before = child.maps()
+    for rounds in range(1, 21):
+        arguments = [sys.executable, "-c", INJECT_FOR_EVER, str(child.pid)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as injector:
+            assert injector.stdout is not None
+            for _ in range(rounds):
+                assert injector.stdout.readline()
+            injector.kill()
+            # The tracer outlives it, holds the pipe open, and ends its work.
+            injector.stdout.read()
+        for keeper in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split():
+            core.reap_keeper(child.pid, int(keeper))
+    assert core.find_userfaultfd(child.pid) == []
+    assert child.maps() == before
+    result = child.tell("idle")
+    assert isinstance(result, dict)
+    assert result["wrong"] == 0
+
+
 def test_a_userfaultfd_kept_open_outlives_ours(child: Child) -> None:
     descriptor, theirs = core.inject_userfaultfd(child.pid, user_mode_only=True, keep_open=True)
     assert not os.get_inheritable(descriptor)
@@ -243,7 +278,7 @@ def test_a_keeper_does_not_disturb_and_leaves_nothing(child: Child) -> None:
 
 def test_a_keeper_passes_a_seccomp_filter_that_kills(child: Child) -> None:
     child.tell("fill", pages=[1])
-    child.tell("forbid-new-processes")
+    child.tell("forbid_new_processes")
     keeper = core.make_keeper(child.pid)
     assert child.tell("look", pages=[1]) == [2]
     child.process.kill()

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
-
 from tests.core.conftest import Child, Start
+
 from vmferry import _core as core
 
 KINDS = ["private", "private-huge", "memfd", "memfd-private", "file", "file-private"]
@@ -152,6 +152,21 @@ def test_differing_pages_are_named_and_counted() -> None:
         core.count_differing(a, b[:-8])
 
 
+@pytest.mark.parametrize("kind", ["huge", "huge-private"])
+def test_huge_pages_are_tracked_whole(start: Start, huge_pages: None, kind: str) -> None:
+    child = start(kind, 8 * 512)
+    child.tell("fill", pages=[3, 512 * 5 + 7])
+    tracker = child.track()
+    assert tracker.scan().ranges(0) == [(0, 512), (2560, 3072)]
+    assert not tracker.scan()
+    child.tell("write", pages=[2561, 4095], value=1)
+    assert tracker.scan().ranges(0) == [(2560, 3072), (3584, 4096)]
+    assert child.memory.populated().ranges(0) == [(0, 512), (2560, 3072), (3584, 4096)]
+    digests = words(child.memory.digests())
+    assert [page for page, digest in enumerate(digests) if digest] == [3, 2561, 2567, 4095]
+    tracker.close()
+
+
 # --- tracking ----------------------------------------------------------------------------------
 
 
@@ -183,7 +198,7 @@ def test_writes_by_the_kernel_and_from_outside_count(start: Start, kind: str) ->
     child.tell("fill", pages=list(range(20)))
     tracker = child.track()
     tracker.scan()
-    child.tell("read-into", pages=[3, 900])
+    child.tell("read_into", pages=[3, 900])
     assert pages_of(tracker.scan()) >= {3, 900}
     child.memory.write(0, 4 * 4096, b"x")
     assert pages_of(tracker.scan()) == {4}
