@@ -1,0 +1,131 @@
+"""The device state of a stopped guest, as bytes: saved without its RAM, loaded beside it.
+
+`xen-save-devices-state` writes the device sections of a migration stream (no Xen is involved).
+With the two sections that it leaves out put in, an ordinary QEMU under `-incoming` takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+import time
+
+from vmferry.errors import GuestError
+from vmferry.guest.monitor import CommandFailed, Monitor
+
+SAVE_LIMIT_S = 30.0
+POLL_S = 0.0005
+_HEADER = b"QEVM" + struct.pack(">I", 3)
+_CONFIGURATION = b"\x07"
+_DESCRIPTION = b"\x06" + struct.pack(">I", 2) + b"{}"
+_END_OF_FILE = b"\x00"
+_DESCRIPTOR_NAME = "vmferry-state"
+_ROM_NOT_THERE = "kvm-tpr-opt"
+
+
+async def save(monitor: Monitor) -> bytes:
+    """The device state of a stopped guest.
+
+    It also gives up the locks on the disks' images, until the guest is continued. A guest with a
+    device that cannot be migrated dies of it: ask for blockers before.
+    """
+    memory = os.memfd_create("vmferry-state")
+    try:
+        # QEMU compares the modes: a descriptor in a set must be open for writing only.
+        writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
+        try:
+            added = await monitor.execute("add-fd", descriptor=writable)
+        finally:
+            os.close(writable)
+        if not isinstance(added, dict):
+            raise GuestError(f"guest {monitor.guest} did not take a descriptor")
+        number = added["fdset-id"]
+        try:
+            await monitor.execute(
+                "xen-save-devices-state", {"filename": f"/dev/fdset/{number}"}, SAVE_LIMIT_S
+            )
+        finally:
+            with contextlib.suppress(GuestError):
+                await monitor.execute("remove-fd", {"fdset-id": number})
+        state = os.pread(memory, os.fstat(memory).st_size, 0)
+    finally:
+        os.close(memory)
+    if not state.startswith(_HEADER) or not state.endswith(_END_OF_FILE):
+        raise GuestError(f"guest {monitor.guest} saved {len(state)} bytes that are no device state")
+    return state
+
+
+def splice(state: bytes, machine: str) -> bytes:
+    """The same as a whole migration stream: with the machine's type, which the load compares, and
+    an empty description at the end."""
+    name = machine.encode()
+    configuration = _CONFIGURATION + struct.pack(">I", len(name)) + name
+    return _HEADER + configuration + state[len(_HEADER) :] + _DESCRIPTION
+
+
+async def load(monitor: Monitor, state: bytes, machine: str, timeout_s: float) -> None:
+    """Loads into a guest that waits under `-incoming defer -S`, and returns when it is loaded.
+
+    Its RAM must be in place or be served: the load reads it. GuestError with QEMU's own reason.
+    """
+    with contextlib.suppress(CommandFailed):
+        # Otherwise the end of the load takes the disks' locks, before anyone has said `cont`.
+        await monitor.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "late-block-activate", "state": True}]},
+        )
+    memory = os.memfd_create("vmferry-state")
+    try:
+        with open(memory, "wb", closefd=False) as stream:
+            stream.write(splice(state, machine))
+        readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+    finally:
+        os.close(memory)
+    try:
+        await monitor.execute("getfd", {"fdname": _DESCRIPTOR_NAME}, descriptor=readable)
+    finally:
+        os.close(readable)
+    await _begin(monitor, timeout_s)
+    await _wait_loaded(monitor, timeout_s)
+
+
+async def _begin(monitor: Monitor, timeout_s: float) -> None:
+    arguments: dict[str, object] = {"uri": f"fd:{_DESCRIPTOR_NAME}"}
+    try:
+        # Keeps a QEMU whose load fails alive, so that it can say why (from 9.1 on).
+        await monitor.execute("migrate-incoming", arguments | {"exit-on-error": False}, timeout_s)
+    except CommandFailed as error:
+        if "exit-on-error" not in error.description:
+            raise
+        await monitor.execute("migrate-incoming", arguments, timeout_s)
+
+
+async def _wait_loaded(monitor: Monitor, timeout_s: float) -> None:
+    """There is no event for it without the `events` capability of both sides, so it asks.
+
+    With pages missing the main loop itself may wait for one, and so may an answer.
+    """
+    until = time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        try:
+            status = await monitor.execute("query-status", timeout_s=left)
+            if isinstance(status, dict) and status.get("status") != "inmigrate":
+                return
+            load = await monitor.execute("query-migrate", timeout_s=left)
+        except CommandFailed:
+            raise
+        except GuestError as error:
+            raise GuestError(
+                f"guest {monitor.guest} did not load the device state: its QEMU ended or hangs"
+            ) from error
+        if isinstance(load, dict) and load.get("status") == "failed":
+            raise GuestError(_failure(monitor.guest, str(load.get("error-desc", "no reason"))))
+        await asyncio.sleep(POLL_S)
+    raise GuestError(f"guest {monitor.guest} did not load its device state in {timeout_s:g} s")
+
+
+def _failure(guest: str, reason: str) -> str:
+    hint = " (its firmware's RAM is not in place)" if _ROM_NOT_THERE in reason else ""
+    return f"guest {guest} cannot load the device state: {reason}{hint}"

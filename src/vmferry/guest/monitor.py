@@ -1,0 +1,190 @@
+"""A guest's QMP monitor over qemu-qmp: every call with a limit, every failure a GuestError."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import NoReturn
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+
+from vmferry.errors import GuestError
+
+CALL_LIMIT_S = 10.0
+CONNECT_LIMIT_S = 5.0
+EVENT_LIMIT_S = 5.0
+"""For STOP and RESUME, which QEMU sends before the reply to the command that causes them."""
+
+# Whatever qemu-qmp logs as an error also arrives here as an exception.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+class CommandFailed(GuestError):
+    """The monitor answered with an error."""
+
+    def __init__(self, sentence: str, error_class: str, description: str) -> None:
+        super().__init__(sentence)
+        self.error_class = error_class
+        """QMP's: CommandNotFound, DeviceNotFound, GenericError, ..."""
+        self.description = description
+
+
+class Monitor:
+    """One connection to one guest's monitor. Commands go one at a time, in the order of calls."""
+
+    def __init__(self, client: QMPClient, guest: str) -> None:
+        self._client = client
+        self._turn = asyncio.Lock()
+        self.guest = guest
+        """How the guest is called in sentences."""
+
+    @classmethod
+    async def connect(
+        cls, path: str, timeout_s: float = CONNECT_LIMIT_S, guest: str = ""
+    ) -> Monitor:
+        """Connects and negotiates. GuestError, also when somebody else holds the monitor: a QMP
+        socket serves one client, and the second one is let in but never greeted."""
+        guest = guest or f"at {path}"
+        client = QMPClient(guest)
+        connecting = asyncio.create_task(client.connect(path))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await connecting
+        except TimeoutError:
+            raise GuestError(
+                f"the monitor of guest {guest} ({path}) is in use by somebody else, or the guest "
+                f"hangs: no greeting came in {timeout_s:g} s. Close the other client, or give the "
+                "guest a second QMP socket"
+            ) from None
+        except (QMPError, ConnectError, OSError, EOFError) as error:
+            cause = error.exc if isinstance(error, ConnectError) else error
+            raise GuestError(
+                f"the monitor of guest {guest} ({path}) does not answer: "
+                f"{str(cause) or type(cause).__name__}"
+            ) from error
+        return cls(client, guest)
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        timeout_s: float = CALL_LIMIT_S,
+        descriptor: int | None = None,
+    ) -> object:
+        """The command's answer. With `descriptor` a copy of it goes along (SCM_RIGHTS).
+
+        GuestError when the guest is gone or silent; CommandFailed when it says no.
+        """
+        async with self._turn:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    if descriptor is not None:
+                        self._client.send_fd_scm(descriptor)
+                    return await self._client.execute(command, arguments)
+            except TimeoutError:
+                raise GuestError(
+                    f"guest {self.guest} did not answer {command} within {timeout_s:g} s"
+                ) from None
+            except ExecuteError as error:
+                said = error.error.desc
+                raise CommandFailed(
+                    f"guest {self.guest} refused {command}: {said}", error.error_class, said
+                ) from error
+            except (QMPError, OSError, EOFError) as error:
+                self._raise_broken(command, error)
+
+    async def table(
+        self, command: str, arguments: Mapping[str, object] | None = None
+    ) -> dict[str, object]:
+        """The same for a command whose answer is an object."""
+        answer = await self.execute(command, arguments)
+        if not isinstance(answer, dict):
+            raise GuestError(f"guest {self.guest} answered {command} with something else")
+        return {str(key): value for key, value in answer.items()}
+
+    async def rows(
+        self, command: str, arguments: Mapping[str, object] | None = None
+    ) -> list[dict[str, object]]:
+        """The same for a command whose answer is a list of objects."""
+        answer = await self.execute(command, arguments)
+        if not isinstance(answer, list):
+            raise GuestError(f"guest {self.guest} answered {command} with something else")
+        return [
+            {str(key): value for key, value in row.items()}
+            for row in answer
+            if isinstance(row, dict)
+        ]
+
+    async def hmp(self, line: str, timeout_s: float = CALL_LIMIT_S) -> str:
+        """What the human monitor prints; it has no errors, only text."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}, timeout_s))
+
+    async def stop(self) -> int:
+        """Stops the vCPUs; the instant of STOP by the guest's host clock, in ns since the epoch.
+
+        A guest that is stopped already has no such event: then it is the instant of the answer.
+        """
+        async with self._event("STOP") as happened:
+            await self.execute("stop")
+            return await happened(running=False)
+
+    async def cont(self) -> int:
+        """Runs the vCPUs; the instant of RESUME (see `stop`). GuestError when they do not run."""
+        async with self._event("RESUME") as happened:
+            await self.execute("cont")
+            return await happened(running=True)
+
+    async def running(self) -> bool:
+        """Whether the vCPUs run."""
+        return bool((await self.table("query-status")).get("running"))
+
+    async def disconnect(self) -> None:
+        """Never raises: qemu-qmp reports here again what broke the connection before."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CONNECT_LIMIT_S):
+                await self._client.disconnect()
+
+    @contextlib.asynccontextmanager
+    async def _event(self, name: str) -> AsyncIterator[_Happened]:
+        listener = EventListener(name)
+        with self._client.listen(listener):
+            yield _Happened(self, name, listener)
+
+    def _raise_broken(self, command: str, error: Exception) -> NoReturn:
+        raise GuestError(
+            f"guest {self.guest} is gone, or closed its monitor, during {command}"
+        ) from error
+
+
+class _Happened:
+    """Waits for one event that a command has caused."""
+
+    def __init__(self, monitor: Monitor, name: str, listener: EventListener) -> None:
+        self._monitor = monitor
+        self._name = name
+        self._listener = listener
+
+    async def __call__(self, *, running: bool) -> int:
+        """Its timestamp. Call it after the answer: QEMU has sent the event before."""
+        if self._listener.empty():
+            answered_ns = time.time_ns()
+            status = await self._monitor.table("query-status")
+            if bool(status.get("running")) is not running:
+                raise GuestError(
+                    f"guest {self._monitor.guest} is {status.get('status')} "
+                    f"and there was no {self._name}"
+                )
+            if self._listener.empty():
+                return answered_ns
+        async with asyncio.timeout(EVENT_LIMIT_S):
+            event = await self._listener.get()
+        return _instant_ns(event["timestamp"])
+
+
+def _instant_ns(timestamp: object) -> int:
+    if not isinstance(timestamp, dict):
+        return time.time_ns()
+    return int(timestamp["seconds"]) * 1_000_000_000 + int(timestamp["microseconds"]) * 1000
