@@ -78,8 +78,7 @@ async def load(monitor: Monitor, state: bytes, machine: str, timeout_s: float) -
         )
     memory = os.memfd_create("vmferry-state")
     try:
-        with open(memory, "wb", closefd=False) as stream:
-            stream.write(splice(state, machine))
+        _write(memory, splice(state, machine))
         readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
     finally:
         os.close(memory)
@@ -89,6 +88,12 @@ async def load(monitor: Monitor, state: bytes, machine: str, timeout_s: float) -
         os.close(readable)
     await _begin(monitor, timeout_s)
     await _wait_loaded(monitor, timeout_s)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 async def _begin(monitor: Monitor, timeout_s: float) -> None:

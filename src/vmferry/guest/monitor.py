@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import NoReturn
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
@@ -15,8 +15,6 @@ from vmferry.errors import GuestError
 
 CALL_LIMIT_S = 10.0
 CONNECT_LIMIT_S = 5.0
-EVENT_LIMIT_S = 5.0
-"""For STOP and RESUME, which QEMU sends before the reply to the command that causes them."""
 
 # Whatever qemu-qmp logs as an error also arrives here as an exception.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -49,10 +47,9 @@ class Monitor:
         socket serves one client, and the second one is let in but never greeted."""
         guest = guest or f"at {path}"
         client = QMPClient(guest)
-        connecting = asyncio.create_task(client.connect(path))
         try:
             async with asyncio.timeout(timeout_s):
-                await connecting
+                await client.connect(path)
         except TimeoutError:
             raise GuestError(
                 f"the monitor of guest {guest} ({path}) is in use by somebody else, or the guest "
@@ -89,7 +86,7 @@ class Monitor:
                     f"guest {self.guest} did not answer {command} within {timeout_s:g} s"
                 ) from None
             except ExecuteError as error:
-                said = error.error.desc
+                said = str(error)
                 raise CommandFailed(
                     f"guest {self.guest} refused {command}: {said}", error.error_class, said
                 ) from error
@@ -127,15 +124,11 @@ class Monitor:
 
         A guest that is stopped already has no such event: then it is the instant of the answer.
         """
-        async with self._event("STOP") as happened:
-            await self.execute("stop")
-            return await happened(running=False)
+        return await self._switch("stop", "STOP", running=False)
 
     async def cont(self) -> int:
         """Runs the vCPUs; the instant of RESUME (see `stop`). GuestError when they do not run."""
-        async with self._event("RESUME") as happened:
-            await self.execute("cont")
-            return await happened(running=True)
+        return await self._switch("cont", "RESUME", running=True)
 
     async def running(self) -> bool:
         """Whether the vCPUs run."""
@@ -147,41 +140,27 @@ class Monitor:
             async with asyncio.timeout(CONNECT_LIMIT_S):
                 await self._client.disconnect()
 
-    @contextlib.asynccontextmanager
-    async def _event(self, name: str) -> AsyncIterator[_Happened]:
+    async def _switch(self, command: str, name: str, *, running: bool) -> int:
         listener = EventListener(name)
         with self._client.listen(listener):
-            yield _Happened(self, name, listener)
+            await self.execute(command)
+            # QEMU sends the event before the answer to the command that caused it.
+            if listener.empty():
+                answered_ns = time.time_ns()
+                status = await self.table("query-status")
+                if bool(status.get("running")) is not running:
+                    raise GuestError(
+                        f"guest {self.guest} is {status.get('status')} after {command}"
+                    )
+                if listener.empty():
+                    return answered_ns
+            event = await listener.get()
+        return _instant_ns(event["timestamp"])
 
     def _raise_broken(self, command: str, error: Exception) -> NoReturn:
         raise GuestError(
             f"guest {self.guest} is gone, or closed its monitor, during {command}"
         ) from error
-
-
-class _Happened:
-    """Waits for one event that a command has caused."""
-
-    def __init__(self, monitor: Monitor, name: str, listener: EventListener) -> None:
-        self._monitor = monitor
-        self._name = name
-        self._listener = listener
-
-    async def __call__(self, *, running: bool) -> int:
-        """Its timestamp. Call it after the answer: QEMU has sent the event before."""
-        if self._listener.empty():
-            answered_ns = time.time_ns()
-            status = await self._monitor.table("query-status")
-            if bool(status.get("running")) is not running:
-                raise GuestError(
-                    f"guest {self._monitor.guest} is {status.get('status')} "
-                    f"and there was no {self._name}"
-                )
-            if self._listener.empty():
-                return answered_ns
-        async with asyncio.timeout(EVENT_LIMIT_S):
-            event = await self._listener.get()
-        return _instant_ns(event["timestamp"])
 
 
 def _instant_ns(timestamp: object) -> int:

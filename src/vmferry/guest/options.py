@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_WITHOUT_VALUE = frozenset(
-    """h help version nographic snapshot S s daemonize no-reboot no-shutdown no-acpi no-hpet
-    no-fd-bootchk no-user-config nouserconfig nodefaults enable-kvm full-screen usb win2k-hack
-    portrait singlestep one-insn-per-tb preconfig only-migratable mem-prealloc old-param
-    semihosting enable-sync-profile xen-attach xen-domid-restrict sdl curses no-quit no-frame
-    alt-grab ctrl-grab audio-help enable-fips async-teardown perfmap jitdump""".split()
-)
+_SWITCHES = """
+    h help version nographic snapshot S s daemonize no-reboot no-shutdown no-acpi no-hpet
+    no-fd-bootchk no-user-config nouserconfig nodefaults enable-kvm full-screen usb
+    win2k-hack portrait singlestep one-insn-per-tb preconfig only-migratable mem-prealloc
+    old-param semihosting enable-sync-profile xen-attach xen-domid-restrict sdl curses
+    no-quit no-frame alt-grab ctrl-grab audio-help enable-fips async-teardown perfmap
+    jitdump
+"""
+_WITHOUT_VALUE = frozenset(_SWITCHES.split())
+"""Options of QEMU 7.2 and 10.0 that are followed by no value."""
 
 
 @dataclass(frozen=True)

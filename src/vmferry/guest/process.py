@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmferry.errors import GuestError, Refused
@@ -70,8 +70,8 @@ def read_process(pid: int) -> GuestProcess:
                 f"process {pid} has no QMP socket in its command line; a guest needs one, for "
                 "example -qmp unix:/run/NAME.qmp,server=on,wait=off"
             )
-        cwd = os.readlink(proc / "cwd")
-        exe = os.readlink(proc / "exe").removesuffix(" (deleted)")
+        cwd = str((proc / "cwd").readlink())
+        exe = str((proc / "exe").readlink()).removesuffix(" (deleted)")
         qmp = _last_served(pid, sockets)
         status = (proc / "status").read_text()
         start_time = _start_time(pid)
@@ -108,7 +108,7 @@ def _find_by_path(reference: str) -> GuestProcess:
             sockets = qmp_sockets(argv)
             if not sockets:
                 continue
-            cwd = os.readlink(f"/proc/{pid}/cwd")
+            cwd = Path("/proc", str(pid), "cwd").readlink()
             if all(os.path.realpath(Path(cwd, path)) != wanted for path in sockets):
                 continue
             process = read_process(pid)
@@ -118,7 +118,7 @@ def _find_by_path(reference: str) -> GuestProcess:
         except (GuestError, Refused, OSError):
             continue
         # The socket that was named is the one that is free for us.
-        return GuestProcess(**{**process.__dict__, "qmp": wanted})
+        return replace(process, qmp=wanted)
     if hidden:
         raise Refused(
             f"no guest with the QMP socket {reference} may be looked at: run vmferry as root or as "
@@ -153,7 +153,7 @@ def _those_there_are() -> str:
 
 
 def _pids() -> Iterator[int]:
-    yield from sorted(int(entry) for entry in os.listdir("/proc") if entry.isdecimal())
+    yield from sorted(int(e.name) for e in Path("/proc").iterdir() if e.name.isdecimal())
 
 
 def _argv(pid: int) -> list[str]:
@@ -181,9 +181,9 @@ def _last_served(pid: int, sockets: list[str]) -> str | None:
         if len(fields) == 8 and int(fields[3], 16) & 0x10000:
             listening[f"socket:[{fields[6]}]"] = fields[7]
     held: set[str] = set()
-    for entry in os.scandir(f"/proc/{pid}/fd"):
+    for entry in Path("/proc", str(pid), "fd").iterdir():
         try:
-            held.add(listening[os.readlink(entry.path)])
+            held.add(listening[str(entry.readlink())])
         except (KeyError, FileNotFoundError):
             continue
     return next((path for path in reversed(sockets) if path in held), None)

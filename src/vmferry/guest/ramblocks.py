@@ -110,7 +110,7 @@ def place(rows: Sequence[_Row], mappings: Sequence[Mapping]) -> dict[str, int]:
     """
     blocks = Counter(row.length for row in rows)
     places = {
-        length: sorted((m.start for m in mappings if m.ram and m.stop - m.start == length))
+        length: sorted(m.start for m in mappings if m.ram and m.stop - m.start == length)
         for length in blocks
     }
     addresses: dict[str, int] = {}
