@@ -23,7 +23,10 @@ def test_a_sparkline_rises() -> None:
     assert sparkline([0, 0]) == "  "
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), st.integers(8, 80))
+parts = st.just(0.0) | st.floats(1e-6, 1e6)
+
+
+@given(st.lists(parts, min_size=1, max_size=8), st.integers(8, 80))
 def test_cells_fill_the_width_and_hide_nobody(values: list[float], width: int) -> None:
     shares = cells(values, width)
     if sum(values) == 0:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
-import struct
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -16,88 +14,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient
 
 from vmferry.lab import synthetic
 
-PAGE = 4096
-CONFIGURATION = b"\x07" + struct.pack(">I", 9) + b"synthetic"
-DESCRIPTION = b"\x06" + struct.pack(">I", 2) + b"{}"
-
-
-@contextlib.asynccontextmanager
-async def monitor(guest: synthetic.SyntheticGuest) -> AsyncGenerator[QMPClient]:
-    client = QMPClient(guest.qmp_path.name)
-    await client.connect(str(guest.qmp_path))
-    try:
-        yield client
-    finally:
-        await client.disconnect()
-
-
-async def blocks(client: QMPClient) -> dict[str, tuple[int, int]]:
-    """Name to (address, length), by the pattern that reads QEMU 10.0's."""
-    answer = await client.execute("x-query-ramblock")
-    assert isinstance(answer, dict)
-    row = re.compile(r"\s*(\S+)\s+4 KiB\s+0x\w+\s+(0x\w+)\s+(0x\w+)\s+(0x\w+)\s+(rw|ro)$")
-    found = {}
-    for line in answer["human-readable-text"].splitlines()[1:]:
-        match = row.match(line)
-        assert match, line
-        assert match[2] == match[3]
-        found[match[1]] = (int(match[4], 16), int(match[3], 16))
-    return found
-
-
-async def save(client: QMPClient) -> bytes:
-    state = os.memfd_create("state")
-    for_writing = os.open(f"/proc/self/fd/{state}", os.O_WRONLY)
-    try:
-        client.send_fd_scm(for_writing)
-        await client.execute("add-fd", {"fdset-id": 7})
-        await client.execute("xen-save-devices-state", {"filename": "/dev/fdset/7"})
-        await client.execute("remove-fd", {"fdset-id": 7})
-        return os.pread(state, 1 << 24, 0)
-    finally:
-        os.close(for_writing)
-        os.close(state)
-
-
-async def load(client: QMPClient, state: bytes, **options: bool) -> None:
-    descriptor = os.memfd_create("state")
-    os.write(descriptor, state)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    client.send_fd_scm(descriptor)
-    os.close(descriptor)
-    await client.execute("getfd", {"fdname": "state"})
-    await client.execute("migrate-incoming", {"uri": "fd:state", **options})
-
-
-def splice(state: bytes) -> bytes:
-    """As QEMU wants it, whose stream has no configuration section here."""
-    assert state.startswith(b"QEVM\0\0\0\3")
-    assert state.endswith(b"\0")
-    return state[:8] + CONFIGURATION + state[8:] + DESCRIPTION
-
-
-async def copy_memory(
-    source: synthetic.SyntheticGuest,
-    target: synthetic.SyntheticGuest,
-    skip: tuple[str, int] | None = None,
-) -> None:
-    """All pages that are not zero; `skip` names one (block, page) to forget."""
-    async with monitor(source) as a, monitor(target) as b:
-        theirs = await blocks(b)
-        mine = await blocks(a)
-    reader = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY)
-    writer = os.open(f"/proc/{target.pid}/mem", os.O_WRONLY)
-    try:
-        for name, (address, length) in mine.items():
-            content = os.pread(reader, length, address)
-            assert len(content) == length
-            for page in range(length // PAGE):
-                piece = content[page * PAGE : (page + 1) * PAGE]
-                if (name, page) != skip and piece.count(0) != PAGE:
-                    os.pwrite(writer, piece, theirs[name][0] + page * PAGE)
-    finally:
-        os.close(reader)
-        os.close(writer)
+from .monitor import blocks, copy_memory, load, monitor, save, splice
 
 
 @contextlib.asynccontextmanager
@@ -124,10 +41,20 @@ async def pair(
         await target.end()
 
 
-async def writes_reach(qmp_path: Path, count: int) -> synthetic.Check:
+async def copy_all(
+    source: synthetic.SyntheticGuest,
+    target: synthetic.SyntheticGuest,
+    skip: tuple[str, int] | None = None,
+) -> None:
+    async with monitor(source) as client:
+        mine = await blocks(client)
+    await copy_memory(source.pid, mine, target, skip)
+
+
+async def writes_reach(path: Path, count: int) -> synthetic.Check:
     """The guest's own progress is the event: it rewrites some 10,000 pages a second."""
     async with asyncio.timeout(30):
-        while (verdict := await synthetic.check(qmp_path)).writes < count:
+        while (verdict := await synthetic.check(path)).writes < count:
             pass
     return verdict
 
@@ -136,12 +63,12 @@ async def writes_reach(qmp_path: Path, count: int) -> synthetic.Check:
 def test_a_whole_copy_runs_on_without_a_corrupt_page(tmp_path: Path, pattern: str) -> None:
     async def move() -> None:
         async with pair(tmp_path, pattern=pattern) as (source, target):
-            await writes_reach(source.qmp_path, 2000)
+            await writes_reach(source.check_path, 2000)
             async with monitor(source) as client:
                 await client.execute("stop")
                 state = await save(client)
-            before = await synthetic.check(source.qmp_path)
-            await copy_memory(source, target)
+            before = await synthetic.check(source.check_path)
+            await copy_all(source, target)
             async with monitor(target) as client:
                 with client.listener("RESUME") as resumes:
                     await load(client, splice(state))
@@ -151,8 +78,8 @@ def test_a_whole_copy_runs_on_without_a_corrupt_page(tmp_path: Path, pattern: st
                     }
                     await client.execute("cont")
                     await resumes.get()
-            after = await writes_reach(target.qmp_path, before.writes + 2000)
-            swept = await synthetic.check(target.qmp_path, sweep=True)
+            after = await writes_reach(target.check_path, before.writes + 2000)
+            swept = await synthetic.check(target.check_path, sweep=True)
             assert (after.corrupt, swept.corrupt, swept.differing) == (0, 0, 0)
             assert swept.swept > 1024
             assert target.log_path.read_text() == ""
@@ -167,10 +94,10 @@ def test_a_forgotten_page_is_reported(tmp_path: Path, lost: tuple[str, int]) -> 
             async with monitor(source) as client:
                 await client.execute("stop")
                 state = await save(client)
-            await copy_memory(source, target, skip=lost)
+            await copy_all(source, target, skip=lost)
             async with monitor(target) as client:
                 await load(client, splice(state))
-            verdict = await synthetic.check(target.qmp_path, sweep=True)
+            verdict = await synthetic.check(target.check_path, sweep=True)
             assert verdict.differing == 1
             said = target.log_path.read_text()
             assert re.match(rf"CORRUPT (rom )?page {lost[1]} generation \d+: .*found zeros", said)
@@ -178,7 +105,7 @@ def test_a_forgotten_page_is_reported(tmp_path: Path, lost: tuple[str, int]) -> 
             async with monitor(target) as client:
                 await client.execute("cont")
             async with asyncio.timeout(60):
-                while (await synthetic.check(target.qmp_path)).corrupt == 0:
+                while (await synthetic.check(target.check_path)).corrupt == 0:
                     pass
 
     asyncio.run(move())
@@ -187,15 +114,15 @@ def test_a_forgotten_page_is_reported(tmp_path: Path, lost: tuple[str, int]) -> 
 def test_a_stale_page_is_reported(tmp_path: Path) -> None:
     async def move() -> None:
         async with pair(tmp_path) as (source, target):
-            await copy_memory(source, target)
-            verdict = await synthetic.check(source.qmp_path)
-            await writes_reach(source.qmp_path, verdict.writes + 100)
+            await copy_all(source, target)
+            verdict = await synthetic.check(source.check_path)
+            await writes_reach(source.check_path, verdict.writes + 100)
             async with monitor(source) as client:
                 await client.execute("stop")
                 state = await save(client)
             async with monitor(target) as client:
                 await load(client, splice(state))
-            assert (await synthetic.check(target.qmp_path, sweep=True)).differing > 0
+            assert (await synthetic.check(target.check_path, sweep=True)).differing > 0
 
     asyncio.run(move())
 
@@ -312,7 +239,7 @@ def test_bad_input_never_ends_it(tmp_path: Path) -> None:
                 with contextlib.suppress(ConnectionError):
                     await reader.read()
             writer.close()
-            assert (await synthetic.check(guest.qmp_path)).corrupt == 0
+            assert (await synthetic.check(guest.check_path)).corrupt == 0
         finally:
             await guest.end()
 

@@ -40,6 +40,8 @@ class SyntheticGuest:
 
     process: asyncio.subprocess.Process
     qmp_path: Path
+    check_path: Path
+    """A second monitor: like QEMU's, each serves one client at a time."""
     log_path: Path
     """Its standard error."""
 
@@ -77,21 +79,23 @@ async def start(
     incoming: bool = False,
     extra: Sequence[str] = (),
 ) -> SyntheticGuest:
-    """Starts one whose socket and log lie in `directory`; returns when its monitor listens.
+    """Starts one whose sockets and log lie in `directory`; returns when its monitors listen.
 
     `rate` is in MB (10^6 bytes) a second over all vCPUs, 0 for an idle guest; `pattern` is `text`,
     `random` or `zero` (pages that turn to zeros and back). `incoming` starts it empty and stopped.
     """
-    qmp_path, log_path = directory / f"{name}.qmp", directory / f"{name}.log"
+    qmp_path, check_path = directory / f"{name}.qmp", directory / f"{name}.check"
+    log_path = directory / f"{name}.log"
     arguments = ["-name", f"guest={name}", "-m", str(memory_mib), "-smp", str(vcpus)]
-    arguments += ["-qmp", f"unix:{qmp_path},server=on,wait=off"]
+    for path in (qmp_path, check_path):
+        arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
     arguments += ["-area", str(area_mib), "-rate", str(rate), "-pattern", pattern]
     arguments += ["-incoming", "defer", "-S"] if incoming else []
     with log_path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             binary(), *arguments, *extra, stdout=asyncio.subprocess.PIPE, stderr=log
         )
-    guest = SyntheticGuest(process, qmp_path, log_path)
+    guest = SyntheticGuest(process, qmp_path, check_path, log_path)
     assert process.stdout is not None
     try:
         async with asyncio.timeout(START_LIMIT_S):
@@ -106,11 +110,11 @@ async def start(
     return guest
 
 
-async def check(qmp_path: Path, *, sweep: bool = False) -> Check:
-    """Asks for the self-check over a connection of its own; `sweep` compares every page now."""
+async def check(path: Path, *, sweep: bool = False) -> Check:
+    """Asks for the self-check on a free monitor; `sweep` compares every page now."""
     client = QMPClient("synthetic-check")
     async with asyncio.timeout(ANSWER_LIMIT_S):
-        await client.connect(str(qmp_path))
+        await client.connect(str(path))
         try:
             answer = await client.execute("x-synthetic-check", {"sweep": sweep})
         finally:
