@@ -24,7 +24,6 @@ _DROPPED = {
 }
 _SILENTLY_DROPPED = ("incoming", "S")
 _CHARACTER_OPTIONS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb")
-_QUEUED = ("fds", "vhostfds")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Places:
     directory: Path
     """Fresh, private, and writable for the guest's user."""
     taps: dict[str, str] = field(default_factory=dict)
-    """Names of taps here, by their name at the source, or for a tap that was handed over as a
-    descriptor by its NIC's MAC or its netdev's id."""
+    """Names of taps here: by their name at the source, or, for one that has none in the command
+    line, by its netdev's id or its NIC's MAC in lower case."""
     machine: str = ""
     """The versioned machine type that an alias (`q35`) meant at the source."""
 
@@ -111,26 +110,25 @@ class _Rewriting:
             self._out += [word.raw[0], new]
 
     def _value(self, name: str, value: str) -> str:
-        if name in _CHARACTER_OPTIONS:
+        if name in _CHARACTER_OPTIONS or (name == "vnc" and value.startswith("unix:")):
             return self._character(name, value)
-        match name:
-            case "chardev":
-                return self._chardev(value)
-            case "pidfile" | "D":
-                return str(self._file("pid" if name == "pidfile" else "log"))
-            case "vnc" if value.startswith("unix:"):
-                return self._character(name, value)
-            case "netdev" | "nic" | "net":
-                return self._netdev(value)
-            case "object":
-                return self._object(value)
-            case "mem-path":
-                return self._mem_path(value, "ram")
-            case "machine" | "M":
-                return self._machine(value)
-            case "readconfig":
-                self._changes.append(f"-readconfig {value} is kept unread: it must be there too")
-                return value
+        change = {
+            "chardev": self._chardev,
+            "pidfile": lambda _: str(self._file("pid")),
+            "D": lambda _: str(self._file("qemu.log")),
+            "netdev": self._netdev,
+            "nic": self._netdev,
+            "net": self._netdev,
+            "object": self._object,
+            "mem-path": lambda path: self._mem_path(path, "ram"),
+            "machine": self._machine,
+            "M": self._machine,
+            "readconfig": self._readconfig,
+        }.get(name)
+        return value if change is None else change(value)
+
+    def _readconfig(self, value: str) -> str:
+        self._changes.append(f"-readconfig {value} is kept unread: it must be there too")
         return value
 
     # --- character devices --------------------------------------------------------------------
@@ -179,22 +177,18 @@ class _Rewriting:
         pairs = settings.pairs
         if (settings.head or pairs.get("type", "")) != "tap" or "helper" in pairs:
             return value
-        queues = (
-            max(len(pairs[key].split(":")) for key in _QUEUED if key in pairs)
-            if any(key in pairs for key in _QUEUED)
-            else 0
-        )
         handed_over = "fd" in pairs or "fds" in pairs
-        if handed_over:
-            tap = self._tap_of(pairs)
-            for key in ("fd", "fds", "vhostfd", "vhostfds"):
-                pairs.pop(key, None)
-            if queues > 1:
-                pairs["queues"] = str(queues)
-        else:
-            tap = self._places.taps.get(pairs.get("ifname", ""), pairs.get("ifname", ""))
-            for key in ("vhostfd", "vhostfds"):
-                pairs.pop(key, None)
+        queues = max(len(pairs.get(key, "").split(":")) for key in ("fds", "vhostfds"))
+        for key in ("fd", "fds", "vhostfd", "vhostfds"):
+            pairs.pop(key, None)
+        if queues > 1:
+            pairs["queues"] = str(queues)
+        tap = self._tap_of(pairs)
+        if handed_over and not tap:
+            raise Refused(
+                f"the tap of netdev {pairs.get('id', '')} was handed over as a descriptor, and "
+                "nothing says what it is to be called here"
+            )
         if tap:
             pairs["ifname"] = tap
         pairs |= {"script": "no", "downscript": "no"}
@@ -209,13 +203,8 @@ class _Rewriting:
     def _tap_of(self, pairs: dict[str, str]) -> str:
         netdev = pairs.get("id", "")
         mac = pairs.get("mac", pairs.get("macaddr", self._macs.get(netdev, ""))).lower()
-        tap = self._places.taps.get(netdev) or self._places.taps.get(mac)
-        if not tap:
-            raise Refused(
-                f"the tap of netdev {netdev} was handed over as a descriptor, and nothing says "
-                "what it is to be called here"
-            )
-        return tap
+        taps, old = self._places.taps, pairs.get("ifname", "")
+        return taps.get(old) or taps.get(netdev) or taps.get(mac) or old
 
     # --- memory and machine -------------------------------------------------------------------
 

@@ -38,12 +38,15 @@ async def launch(
     sockets = qmp_sockets(argv)
     if not sockets:
         raise Refused("a guest without a QMP socket cannot be started: add -qmp unix:PATH,server")
-    started = await asyncio.to_thread(_start, list(argv), exe, cwd, uid, gid, log, pass_fds)
+    started = await asyncio.to_thread(
+        _start, list(argv), exe=exe, cwd=cwd, user=(uid, gid), log=log, pass_fds=pass_fds
+    )
     try:
         await _wait_listening(started, Path(cwd, sockets[-1]), log)
         process = read_process(started.pid)
     except BaseException as error:
         started.kill()
+        await asyncio.to_thread(started.wait)
         if isinstance(error, FerryError) and not isinstance(error, GuestError):
             raise GuestError(f"the new QEMU did not start: {error}") from error
         raise
@@ -65,15 +68,16 @@ def last_words(log: Path) -> str:
 
 def _start(
     argv: list[str],
+    *,
     exe: str,
     cwd: str,
-    uid: int,
-    gid: int,
+    user: tuple[int, int],
     log: Path,
     pass_fds: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     # Not asyncio's: its transport kills the process when the loop that made it is closed.
-    changes = os.geteuid() == 0 and (uid, gid) != (os.geteuid(), os.getegid())
+    uid, gid = user
+    changes = os.geteuid() == 0 and user != (os.geteuid(), os.getegid())
     # A QEMU told to change its user by itself was started by another one.
     by_itself = any(word.lstrip("-") == "runas" for word in argv)
     become = changes and not by_itself
