@@ -41,7 +41,8 @@ class SyntheticGuest:
     process: asyncio.subprocess.Process
     qmp_path: Path
     check_path: Path
-    """A second monitor: like QEMU's, each serves one client at a time."""
+    """A second monitor, since like QEMU's each serves one client at a time. It comes first on the
+    command line: a mover takes the last one."""
     log_path: Path
     """Its standard error."""
 
@@ -87,7 +88,7 @@ async def start(
     qmp_path, check_path = directory / f"{name}.qmp", directory / f"{name}.check"
     log_path = directory / f"{name}.log"
     arguments = ["-name", f"guest={name}", "-m", str(memory_mib), "-smp", str(vcpus)]
-    for path in (qmp_path, check_path):
+    for path in (check_path, qmp_path):
         arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
     arguments += ["-area", str(area_mib), "-rate", str(rate), "-pattern", pattern]
     arguments += ["-incoming", "defer", "-S"] if incoming else []
