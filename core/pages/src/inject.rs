@@ -8,7 +8,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::PagesError;
-use crate::tracer::{Tracee, tracing};
+use crate::stop::tracing;
+use crate::tracer::Tracee;
 
 /// `_IO(0xAA, 0)` of /dev/userfaultfd.
 const USERFAULTFD_IOC_NEW: u64 = 0xAA00;

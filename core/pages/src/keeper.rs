@@ -8,7 +8,8 @@ use nix::sys::ptrace::Options;
 
 use crate::PagesError;
 use crate::process::has_seccomp_filter;
-use crate::tracer::{SUSPEND_SECCOMP, Tracee, tracing};
+use crate::stop::tracing;
+use crate::tracer::{SUSPEND_SECCOMP, Tracee};
 
 /// Makes the keeper of a process and returns its number. The process is not disturbed, also when
 /// this fails; no child stays then.

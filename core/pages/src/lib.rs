@@ -14,6 +14,7 @@ mod page_set;
 mod pagemap;
 mod populated;
 mod process;
+mod stop;
 mod tracer;
 mod tracker;
 mod userfaultfd;

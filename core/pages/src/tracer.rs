@@ -7,21 +7,17 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::libc;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::io::Errno;
 
 use crate::PagesError;
-use crate::apart::apart;
 use crate::process::{has_ended, mappings};
-
-/// How long a stopped thread may take to stop. One that waits in the kernel for something that
-/// does not come (its own missing page, a dead NFS server) cannot be stopped at all.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+use crate::stop::{EVENT_CLONE, EVENT_STOP, STOP_LIMIT, Stop, poll, step, wait_for_news};
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
@@ -30,55 +26,6 @@ const USER_CS64: u64 = 0x33;
 
 /// `PTRACE_O_SUSPEND_SECCOMP`: its seccomp filter does not see the calls made meanwhile.
 pub(crate) const SUSPEND_SECCOMP: i32 = 1 << 21;
-
-const EVENT_STOP: i32 = libc::PTRACE_EVENT_STOP;
-const EVENT_CLONE: i32 = libc::PTRACE_EVENT_CLONE;
-
-/// Why a traced thread stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stop {
-    /// It enters or leaves a system call.
-    Syscall,
-    /// `EVENT_CLONE`, or `EVENT_STOP`: interrupted, stopped by job control, or just born.
-    Event(i32),
-    /// A signal is about to be delivered.
-    Signal(i32),
-}
-
-impl Stop {
-    fn from_status(status: i32) -> Self {
-        match (status >> 8, status & 0xff) {
-            (0, signal) if signal == libc::SIGTRAP | 0x80 => Self::Syscall,
-            (0, signal) => Self::Signal(signal),
-            (event, _) => Self::Event(event),
-        }
-    }
-}
-
-/// Runs `work`, which traces `pid`, in a process of its own.
-///
-/// That `pid` is gone is an error of the injection like any other, `ESRCH`.
-pub(crate) fn tracing<T: Send>(
-    pid: i32,
-    work: impl FnOnce() -> Result<T, PagesError> + Send,
-) -> Result<T, PagesError> {
-    let injected = |call, errno| PagesError::Injected { pid, call, errno };
-    let work = || {
-        let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-        // SAFETY: no handler is installed; the table is this process's own.
-        unsafe { sigaction(Signal::SIGCHLD, &default) }.map_err(|errno| {
-            injected(
-                "preparing the tracer",
-                Errno::from_raw_os_error(errno as i32),
-            )
-        })?;
-        work()
-    };
-    match apart(work).map_err(|errno| injected("starting the tracer", errno))? {
-        Err(PagesError::Gone { .. }) => Err(injected("tracing", Errno::SRCH)),
-        result => result,
-    }
-}
 
 /// A stopped thread. Dropping it puts everything back and lets it go on.
 pub(crate) struct Tracee {
@@ -288,7 +235,7 @@ impl Tracee {
         let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
         let began = Instant::now();
         while began.elapsed() < STOP_LIMIT {
-            match self.poll() {
+            match poll(self.pid) {
                 Ok(Some(status)) if libc::WIFSTOPPED(status) => {}
                 Ok(None) => wait_for_news(STOP_LIMIT.saturating_sub(began.elapsed())),
                 Ok(Some(_)) | Err(_) => return,
@@ -374,7 +321,7 @@ impl Tracee {
     fn wait(&mut self) -> Result<Stop, PagesError> {
         let began = Instant::now();
         loop {
-            if let Some(status) = self.poll()? {
+            if let Some(status) = poll(self.pid)? {
                 if libc::WIFSTOPPED(status) {
                     return Ok(Stop::from_status(status >> 8));
                 }
@@ -386,19 +333,6 @@ impl Tracee {
                 return Err(self.failed("waiting for its main thread to stop", Errno::TIMEDOUT));
             }
             wait_for_news(left);
-        }
-    }
-
-    /// Its wait status, when there is one. The status of an end goes on to its parent.
-    fn poll(&self) -> Result<Option<i32>, PagesError> {
-        let mut status = 0;
-        let flags = libc::WNOHANG | libc::__WALL;
-        // SAFETY: writes one integer.
-        let found = unsafe { libc::waitpid(self.pid.as_raw(), &raw mut status, flags) };
-        match nix::errno::Errno::result(found) {
-            Ok(0) | Err(nix::Error::EINTR) => Ok(None),
-            Ok(_) => Ok(Some(status)),
-            Err(errno) => step(self.pid, "waiting for a stop", Err(errno)),
         }
     }
 
@@ -431,26 +365,6 @@ impl Drop for Tracee {
             let _ = self.put_back();
         }
     }
-}
-
-/// Until a trace stop or an end is announced by SIGCHLD, which `apart` has blocked.
-fn wait_for_news(limit: Duration) {
-    let mut news = SigSet::empty();
-    news.add(Signal::SIGCHLD);
-    let limit = libc::timespec {
-        tv_sec: limit.as_secs() as libc::time_t,
-        tv_nsec: libc::c_long::from(limit.subsec_nanos()),
-    };
-    // SAFETY: reads the two; whatever ends it, the caller looks again.
-    unsafe { libc::sigtimedwait(news.as_ref(), std::ptr::null_mut(), &raw const limit) };
-}
-
-fn step<T>(pid: Pid, call: &'static str, result: nix::Result<T>) -> Result<T, PagesError> {
-    result.map_err(|errno| PagesError::Injected {
-        pid: pid.as_raw(),
-        call,
-        errno: Errno::from_raw_os_error(errno as i32),
-    })
 }
 
 fn errno_of(error: &std::io::Error) -> Errno {
