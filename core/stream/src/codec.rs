@@ -1,0 +1,274 @@
+//! Encoding of a batch of pages, and the choice of it.
+//!
+//! Everything here works on copies: live guest memory is never compressed or hashed.
+
+use std::time::Duration;
+
+use crate::StreamError;
+use crate::frame::{Encoding, MAX_PAGES};
+
+const PAGE: usize = ferry_pages::PAGE_SIZE;
+/// An encoding that gains less than this is not worth the decoding.
+const WORTH: f64 = 0.9;
+/// Batches after which a ratio that is not in use is looked at again.
+const LOOK_AGAIN: u32 = 32;
+
+/// One thread's contexts and output buffer.
+pub struct Encoder {
+    zstd: zstd::bulk::Compressor<'static>,
+    out: Vec<u8>,
+}
+
+impl Encoder {
+    /// With fresh contexts.
+    ///
+    /// # Errors
+    /// `Refused` without memory.
+    pub fn new() -> Result<Self, StreamError> {
+        let room = lz4_flex::block::get_maximum_output_size(MAX_PAGES * PAGE)
+            .max(zstd::zstd_safe::compress_bound(MAX_PAGES * PAGE));
+        Ok(Self {
+            zstd: zstd::bulk::Compressor::new(1)
+                .map_err(|error| StreamError::Refused(format!("zstd: {error}")))?,
+            out: vec![0; room],
+        })
+    }
+
+    /// The encoded bytes, or nothing where that does not gain a tenth.
+    pub fn encode(&mut self, encoding: Encoding, data: &[u8]) -> Option<&[u8]> {
+        let length = match encoding {
+            Encoding::Raw => return None,
+            Encoding::Lz4 => lz4_flex::block::compress_into(data, &mut self.out).ok()?,
+            Encoding::Zstd => self.zstd.compress_to_buffer(data, &mut self.out[..]).ok()?,
+        };
+        ((length as f64) < data.len() as f64 * WORTH).then(|| &self.out[..length])
+    }
+}
+
+/// One thread's contexts and output buffer.
+pub struct Decoder {
+    zstd: zstd::bulk::Decompressor<'static>,
+    out: Vec<u8>,
+}
+
+impl Decoder {
+    /// With fresh contexts.
+    ///
+    /// # Errors
+    /// `Refused` without memory.
+    pub fn new() -> Result<Self, StreamError> {
+        Ok(Self {
+            zstd: zstd::bulk::Decompressor::new()
+                .map_err(|error| StreamError::Refused(format!("zstd: {error}")))?,
+            out: vec![0; MAX_PAGES * PAGE],
+        })
+    }
+
+    /// The content of `pages` pages.
+    ///
+    /// # Errors
+    /// `Corrupt` when the body holds anything but exactly that.
+    pub fn decode<'a>(
+        &'a mut self,
+        encoding: Encoding,
+        body: &'a [u8],
+        pages: usize,
+    ) -> Result<&'a [u8], StreamError> {
+        let full = pages * PAGE;
+        if pages > MAX_PAGES {
+            return Err(StreamError::corrupt("a batch of too many pages"));
+        }
+        let out = &mut self.out[..full];
+        let length = match encoding {
+            Encoding::Raw if body.len() == full => return Ok(body),
+            Encoding::Raw => Some(body.len()),
+            Encoding::Lz4 => lz4_flex::block::decompress_into(body, out).ok(),
+            Encoding::Zstd => self.zstd.decompress_to_buffer(body, out).ok(),
+        };
+        if length != Some(full) {
+            return Err(StreamError::corrupt(format!(
+                "a batch of {pages} pages does not decode ({encoding:?})"
+            )));
+        }
+        Ok(out)
+    }
+}
+
+/// How one batch went.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// What was tried; it went out raw where that gained nothing.
+    pub tried: Encoding,
+    /// Bytes before encoding.
+    pub raw: usize,
+    /// Bytes after.
+    pub encoded: usize,
+    /// In the encoder.
+    pub encoding: Duration,
+    /// Waiting for the socket, or for the rate limit.
+    pub blocked: Duration,
+    /// From reading the pages to the end of writing them.
+    pub total: Duration,
+}
+
+/// Chooses the encoding of a stream's next batch by what its last ones took.
+///
+/// A batch is expected to take as long as the slower of the two that work side by side: the thread
+/// (base work and encoder), or the link (encoded bytes at its measured rate). The encoder's time is
+/// counted once more on top, since the guest has a use for that processor as well: with the
+/// starting values that makes raw win above some 5 Gbit/s, LZ4 about 1 Gbit/s, zstd below.
+#[derive(Debug)]
+pub struct Choice {
+    /// Decayed sums over the last batches: bytes before encoding, bytes on the wire, seconds.
+    raw: f64,
+    wire: f64,
+    total: f64,
+    blocked: f64,
+    encoding: f64,
+    lz4: Codec,
+    zstd: Codec,
+    current: Encoding,
+    batches: u32,
+    /// Batches to send raw before the next try, and the last such number.
+    skip: u32,
+    skipped: u32,
+}
+
+#[derive(Debug)]
+struct Codec {
+    /// Encoded size over size.
+    ratio: f64,
+    /// Nanoseconds a byte.
+    cost: f64,
+}
+
+impl Codec {
+    fn learn(&mut self, sample: &Sample) {
+        let raw = sample.raw as f64;
+        self.ratio += 0.2 * (sample.encoded as f64 / raw - self.ratio);
+        self.cost += 0.2 * (sample.encoding.as_nanos() as f64 / raw - self.cost);
+    }
+}
+
+/// Weight of a past batch, each time a new one comes.
+const DECAY: f64 = 0.85;
+/// A stream that waited for less than this share of its time is not limited by the link.
+const LIMITED: f64 = 0.1;
+/// Another encoding must be better by this factor, or every measurement would change it.
+const BETTER: f64 = 0.9;
+/// Link time, in ns a byte, below which no codec can pay (16 Gbit/s).
+const FAST_LINK: f64 = 0.5;
+
+impl Default for Choice {
+    fn default() -> Self {
+        Self {
+            raw: 0.0,
+            wire: 0.0,
+            total: 0.0,
+            blocked: 0.0,
+            encoding: 0.0,
+            lz4: Codec {
+                ratio: 0.5,
+                cost: 2.0,
+            },
+            zstd: Codec {
+                ratio: 0.35,
+                cost: 4.0,
+            },
+            current: Encoding::Lz4,
+            batches: 0,
+            skip: 0,
+            skipped: 0,
+        }
+    }
+}
+
+impl Choice {
+    /// What to try on the next batch.
+    pub fn next(&mut self) -> Encoding {
+        self.batches += 1;
+        if self.skip > 0 {
+            self.skip -= 1;
+            return Encoding::Raw;
+        }
+        if self.batches % LOOK_AGAIN == 0 && self.link() > FAST_LINK {
+            return match self.current {
+                Encoding::Lz4 => Encoding::Zstd,
+                Encoding::Raw | Encoding::Zstd => Encoding::Lz4,
+            };
+        }
+        self.current
+    }
+
+    /// Nanoseconds that a byte takes on this stream's share of the link; 0 where the link does
+    /// not limit it.
+    #[must_use]
+    pub fn link(&self) -> f64 {
+        if self.wire == 0.0 || self.blocked < LIMITED * self.total {
+            return 0.0;
+        }
+        self.total / self.wire * 1e9
+    }
+
+    /// Learns from a batch.
+    pub fn learn(&mut self, sample: &Sample) {
+        for (sum, value) in [
+            (&mut self.raw, sample.raw as f64),
+            (&mut self.wire, sample.encoded as f64),
+            (&mut self.total, sample.total.as_secs_f64()),
+            (&mut self.blocked, sample.blocked.as_secs_f64()),
+            (&mut self.encoding, sample.encoding.as_secs_f64()),
+        ] {
+            *sum = *sum * DECAY + value;
+        }
+        match sample.tried {
+            Encoding::Raw => {}
+            Encoding::Lz4 => self.lz4.learn(sample),
+            Encoding::Zstd => self.zstd.learn(sample),
+        }
+        if sample.tried != Encoding::Raw {
+            if sample.encoded < sample.raw {
+                self.skipped = 0;
+            } else if sample.tried == self.current {
+                self.skipped = (self.skipped * 2).clamp(2, LOOK_AGAIN);
+                self.skip = self.skipped;
+            }
+        }
+        if self.batches >= 4 {
+            self.decide();
+        }
+    }
+
+    fn decide(&mut self) {
+        let link = self.link();
+        let work = (self.total - self.blocked - self.encoding).max(0.0);
+        let base = work / self.raw.max(1.0) * 1e9;
+        let time = |ratio: f64, cost: f64| (base + cost).max(ratio * link) + cost;
+        let of = |encoding: Encoding| match encoding {
+            Encoding::Raw => time(1.0, 0.0),
+            Encoding::Lz4 => time(self.lz4.ratio, self.lz4.cost),
+            Encoding::Zstd => time(self.zstd.ratio, self.zstd.cost),
+        };
+        let mut best = self.current;
+        for other in [Encoding::Raw, Encoding::Lz4, Encoding::Zstd] {
+            let factor = if best == self.current { BETTER } else { 1.0 };
+            if of(other) < of(best) * factor {
+                best = other;
+            }
+        }
+        self.current = best;
+    }
+
+    /// For a page that somebody waits for, over a link of so many nanoseconds a byte: encoded
+    /// alone a page gains less, and its latency is the sum of both times.
+    #[must_use]
+    pub fn for_urgent(link: f64) -> Encoding {
+        if link < 6.0 {
+            Encoding::Raw
+        } else if link < 40.0 {
+            Encoding::Lz4
+        } else {
+            Encoding::Zstd
+        }
+    }
+}
