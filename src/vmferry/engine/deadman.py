@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import msgspec
 
-from vmferry.engine.fence import kill_process
+from vmferry.engine.fence import end_keeper, kill_process
 from vmferry.errors import FerryError, GuestError
 
 ATTEMPTS = 50
@@ -39,11 +40,12 @@ class GiveBack(msgspec.Struct, frozen=True, tag="give-back"):
 
 
 class Discard(msgspec.Struct, frozen=True, tag="discard"):
-    """Destination, before it may own the guest: kill the waiting QEMU, remove its files."""
+    """Destination, before it may own the guest: kill the waiting QEMU, remove its files,
+    which lie in one directory."""
 
     pid: int
     start_time: int
-    files: list[str]
+    directory: str
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
@@ -132,16 +134,14 @@ async def _carry_out(action: Action) -> None:
             await _give_back(action)
         case Discard():
             await kill_process(action.pid, action.start_time)
-            for file in action.files:
-                Path(file).unlink(missing_ok=True)
+            shutil.rmtree(action.directory, ignore_errors=True)
         case Run():
             await _until_done(action.qmp, action.pid, action.start_time, resume=True)
 
 
 async def _give_back(will: GiveBack) -> None:
     if await _until_done(will.qmp, will.pid, will.start_time, resume=will.resume) and will.keeper:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(will.keeper, signal.SIGKILL)
+        end_keeper(will.pid, will.start_time, will.keeper)
 
 
 async def _until_done(qmp: str, pid: int, start_time: int, *, resume: bool) -> bool:

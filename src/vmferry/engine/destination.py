@@ -104,7 +104,6 @@ class DestinationMove:
         self._waiting = waiting = await prepare(offer, self._host)
         self._will(self._discard(waiting))
         await self._timeline.reach(Step.QEMU_STARTED, f"pid {waiting.process.pid}")
-        await waiting.ready(offer)
         token = secrets.token_bytes(16)
         arriving = asyncio.ensure_future(self._desk.expect(token, offer.streams))
         try:
@@ -237,7 +236,7 @@ class DestinationMove:
             await self._receiving
         faults = receiver.fault_stats()
         await asyncio.to_thread(receiver.release)
-        await waiting.let_go()
+        await waiting.independent()
         self._timeline.note(Step.FINISHED)
         now = self._timeline.elapsed_s()
         await self._line.say(
@@ -281,7 +280,7 @@ class DestinationMove:
 
     def _discard(self, waiting: Waiting) -> Discard:
         process = waiting.process
-        return Discard(process.pid, process.start_time, [str(file) for file in waiting.files])
+        return Discard(process.pid, process.start_time, str(waiting.directory))
 
     async def _kill(self) -> None:
         if self._receiver is not None:

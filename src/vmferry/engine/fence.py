@@ -46,8 +46,19 @@ class Fence:
 
     async def release(self) -> None:
         """Frees the memory: the keeper ends."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.keeper, signal.SIGKILL)
+        await asyncio.to_thread(
+            end_keeper, self._process.pid, self._process.start_time, self.keeper
+        )
+
+
+def end_keeper(pid: int, start_time: int, keeper: int) -> None:
+    """Ends the keeper of a process, which is its parent and must reap it if it lives on."""
+    if _is_same(pid, start_time):
+        with contextlib.suppress(OSError, _core.CoreError):
+            _core.reap_keeper(pid, keeper)
+            return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(keeper, signal.SIGKILL)
 
 
 async def kill_process(pid: int, start_time: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from vmferry._core import Sender
@@ -27,7 +27,7 @@ class Pulse:
         self._sample(phase, self._start, 0)
 
     @asynccontextmanager
-    async def during(self, phase: str) -> AsyncIterator[None]:
+    async def during(self, phase: str) -> AsyncGenerator[None]:
         """Samples for as long as the block runs, and once at its end."""
         began = time.monotonic()
         before = self.sender.progress().wire_bytes if self.sender else 0

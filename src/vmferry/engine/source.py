@@ -11,6 +11,7 @@ import asyncio
 import resource
 import time
 import uuid
+from collections.abc import Coroutine
 from typing import TypeVar
 
 from vmferry import _core
@@ -113,7 +114,7 @@ class SourceMove:
         self._was_running = await guest.running()
         self._will(resume=False)
         blocks = await guest.ram()
-        self._network = await SourceNetwork.watch(guest.cards())
+        self._network = await SourceNetwork.watch(guest.nics())
         channel = await self.peer.open_control()
         self._line = line = Line(channel, Side.SOURCE, self.peer.name)
         memory = Memory(order.guest.pid, [b.block for b in blocks])
@@ -134,7 +135,7 @@ class SourceMove:
                     order.guest.gid,
                 ),
                 blocks=self._offered,
-                cards=self._network.cards(),
+                cards=_cards(self._network),
                 demand_paging=order.method.demand_paging,
                 verify=order.verify,
                 streams=BULK_STREAMS,
@@ -196,7 +197,7 @@ class SourceMove:
         self._will(resume=self._was_running)
 
     async def _announce_stop(self) -> None:
-        await _held(self._line).say(m.Switch(cards=_held(self._network).cards()))
+        await _held(self._line).say(m.Switch(cards=_cards(_held(self._network))))
 
     async def _hand_over(self) -> None:
         session, line, guest = _held(self._session), _held(self._line), _held(self._guest)
@@ -310,14 +311,14 @@ class SourceMove:
             if self._was_running:
                 await guest.cont()
             if self._network is not None:
-                await self._network.draw_back()
+                self._network.draw_back()
         await self._abort_destination(reason)
         if self._fence is not None:
             await self._fence.release()
         if self._attachment is not None:
             await self._attachment.detach()
         if self._network is not None:
-            self._network.close()
+            await self._network.close()
         if guest is not None:
             await guest.close()
         self.order.deadman.dismiss(self.id)
@@ -349,7 +350,7 @@ class SourceMove:
         if self._attachment is not None:
             await self._attachment.detach()
         if self._network is not None:
-            self._network.close()
+            await self._network.close()
         if self._guest is not None:
             await self._guest.close()
         if self._line is not None:
@@ -359,7 +360,7 @@ class SourceMove:
     async def _leave_in_doubt(self) -> None:
         """The keeper, with all the guest's memory, stays: the destination may still need it."""
         if self._network is not None:
-            self._network.close()
+            await self._network.close()
         if self._line is not None:
             await self._line.close()
         self.order.deadman.dismiss(self.id)
@@ -368,10 +369,14 @@ class SourceMove:
 _background: set[asyncio.Task[object]] = set()
 
 
-def _in_background(work: object) -> None:
-    task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+def _in_background(work: Coroutine[object, object, object]) -> None:
+    task = asyncio.ensure_future(work)
     _background.add(task)
     task.add_done_callback(_background.discard)
+
+
+def _cards(network: SourceNetwork) -> list[m.NetworkCard]:
+    return [m.NetworkCard(c.mac, c.tap, c.bridge, seen) for c, seen in network.cards()]
 
 
 def _held(thing: T | None) -> T:
