@@ -125,10 +125,9 @@ class Daemon:
             self._clients.add(task)
             task.add_done_callback(self._clients.discard)
 
-        # The lock is ours: a socket that is there is a dead daemon's.
-        self._socket_path.unlink(missing_ok=True)
         old_mask = os.umask(0o177)
         try:
+            # It takes the place of a socket that is there: a dead daemon's, since the lock is ours.
             self._commands = await asyncio.start_unix_server(on_client, self._socket_path)
         except OSError as error:
             raise Refused(
