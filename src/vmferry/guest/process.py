@@ -45,11 +45,18 @@ def find(reference: str) -> GuestProcess:
 
 
 def find_all() -> list[GuestProcess]:
-    """Every guest that may be looked at, by ascending PID."""
+    """Every guest of this host that may be looked at, by ascending PID.
+
+    A host is a network namespace: what lies in another one is named by PID or by its socket.
+    """
     found: list[GuestProcess] = []
+    here = Path("/proc/self/ns/net").stat().st_ino
     for pid in _pids():
         try:
-            found.append(read_process(pid))
+            if Path(f"/proc/{pid}/ns/net").stat().st_ino == here:
+                found.append(read_process(pid))
+        except OSError:
+            continue
         except (GuestError, Refused):
             continue
     return found
