@@ -20,6 +20,7 @@ from vmferry.guest.commandline import Places, Rewritten, rewrite
 from vmferry.guest.launch import last_words, launch
 from vmferry.guest.process import GuestProcess
 from vmferry.guest.qemu import Qemu
+from vmferry.guest.tree import differences, object_tree
 from vmferry.network.cards import Card, DestinationNetwork
 from vmferry.wire import messages as m
 
@@ -143,7 +144,7 @@ async def _look(
     try:
         blocks = {ram.block.name: ram for ram in await guest.ram()}
         sizes = {name: (ram.block.length, ram.used) for name, ram in blocks.items()}
-        _refuse_if_unlike(offer, sizes)
+        _refuse_if_unlike(offer, sizes, differences(offer.tree, await object_tree(guest.monitor)))
         memory = Memory(process.pid, [blocks[shape.name].block for shape in offer.blocks])
         network = await DestinationNetwork.join(_cards(offer))
     except BaseException:
@@ -219,7 +220,14 @@ def _fault_device(wanted: bool) -> Generator[int | None]:
         os.close(descriptor)
 
 
-def _refuse_if_unlike(offer: m.Offer, blocks: dict[str, tuple[int, int]]) -> None:
+def _refuse_if_unlike(
+    offer: m.Offer, blocks: dict[str, tuple[int, int]], unlike: list[str]
+) -> None:
+    if unlike:
+        raise Refused(
+            f"guest {offer.guest} is not what its command line says, so the destination's QEMU is "
+            f"another machine ({'; '.join(unlike)}): take out what was plugged in after its start"
+        )
     differing = [
         shape.name for shape in offer.blocks if blocks.get(shape.name) != (shape.length, shape.used)
     ]

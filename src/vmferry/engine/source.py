@@ -30,6 +30,7 @@ from vmferry.engine.verdict import deliver_verdict
 from vmferry.engine.verify import compare
 from vmferry.errors import Cancelled, FerryError, InDoubt, MoveFailed, PeerError, Refused
 from vmferry.guest.qemu import Qemu
+from vmferry.guest.tree import object_tree
 from vmferry.network.cards import SourceNetwork
 from vmferry.report.records import Event, Report, Verification
 from vmferry.wire import messages as m
@@ -135,6 +136,7 @@ class SourceMove:
                     order.guest.gid,
                 ),
                 blocks=self._offered,
+                tree=await object_tree(guest.monitor),
                 cards=_cards(self._network),
                 demand_paging=order.method.demand_paging,
                 verify=order.verify,

@@ -64,6 +64,8 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     machine: str
     process: Process
     blocks: list[BlockShape]
+    tree: dict[str, list[str]]
+    """What the guest is made of (`vmferry.guest.tree`), for the destination to compare."""
     cards: list[NetworkCard] = []
     demand_paging: bool
     verify: bool
