@@ -181,10 +181,8 @@ def _print(report: Report, *, json: bool) -> None:
         return
     if report.outcome != "moved":
         return
-    print(
-        f"{report.guest} runs at {report.destination} ({report.strategy}): "
-        f"downtime {report.downtime_ms:.1f} ms, total {report.total_s:.2f} s, "
-        f"{report.pages_transferred:,} pages, {report.bytes_on_wire / 1e6:.1f} MB on the wire."
-    )
-    for change in report.changes:
-        print(f"  changed there: {change}")
+    from rich.console import Console
+
+    from vmferry.report.table import summary
+
+    Console(highlight=False).print(summary(report))

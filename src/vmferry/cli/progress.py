@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmferry.report.records import Progress
+from vmferry.report.units import rate
 
 LINE_EVERY_S = 1.0
 """Without a terminal a line at most so often."""
@@ -36,15 +37,6 @@ def make_display(title: str, *, quiet: bool = False) -> Display:
     if console.is_terminal and not quiet:
         return TerminalDisplay(title, console)
     return LineDisplay(title, quiet=quiet)
-
-
-def rate(bytes_per_s: float) -> str:
-    """In the largest unit that leaves at least one digit before the point."""
-    for unit in ("B/s", "kB/s", "MB/s"):
-        if bytes_per_s < 1000:
-            return f"{bytes_per_s:.0f} {unit}"
-        bytes_per_s /= 1000
-    return f"{bytes_per_s:.2f} GB/s"
 
 
 def expected(seconds: float | None) -> str:
@@ -84,7 +76,7 @@ class TerminalDisplay:
         line.add_row(
             f"{self._title}: {progress.phase}",
             bar,
-            rate(progress.bytes_per_s),
+            rate(progress.bytes_per_s, 1),
             f"{progress.pages_remaining:,} pages left",
             expected(progress.expected_s),
         )
@@ -115,7 +107,7 @@ class LineDisplay:
             f"{progress.elapsed_s:.1f} s",
             f"{progress.pages_pushed:,} pages sent",
             f"{progress.pages_remaining:,} left",
-            rate(progress.bytes_per_s),
+            rate(progress.bytes_per_s, 1),
             expected(progress.expected_s),
         ]
         self.say(", ".join(part for part in parts if part))
