@@ -102,7 +102,7 @@ def test_a_message_that_crossed_an_abort_is_ignored() -> None:
 
 
 def test_a_violation_names_the_message_and_the_state() -> None:
+    destination = Conversation(Side.DESTINATION)
+    destination.state = State.PREPARED
     with pytest.raises(ProtocolViolation, match="`commit` while the move is prepared"):
-        destination = Conversation(Side.DESTINATION)
-        destination.state = State.PREPARED
         destination.hear(m.Commit())
