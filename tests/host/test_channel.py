@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -123,6 +124,20 @@ def test_messages_keep_their_bounds_and_order() -> None:
             sending = asyncio.gather(*[channel.send(message) for message in messages])
             assert [await other.receive(5) for _ in messages] == messages
             await sending
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_link_is_not_taken_for_a_silent_peer() -> None:
+    """The kernel's ETIMEDOUT and the limit of a wait are both a TimeoutError."""
+
+    async def scenario() -> None:
+        async with _channel() as (channel, _, _):
+            channel._reader.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+            with pytest.raises(PeerError, match="broke .*Connection timed out"):
+                await channel.receive(5)
+            with pytest.raises(PeerError, match="broke .*Connection timed out"):
+                await channel.send(Aborted())
 
     asyncio.run(scenario())
 

@@ -12,6 +12,7 @@ from tests.host.daemons_in_process import Hosts
 
 from vmferry.errors import PeerError
 from vmferry.host import greeting, listener
+from vmferry.host.channel import Channel
 from vmferry.host.daemon import Daemon
 from vmferry.host.greeting import Kind, own_hello, preamble
 from vmferry.host.links import Link
@@ -262,6 +263,41 @@ def test_unlike_protocols_are_told_on_both_sides(
     ]
     assert any(f"a speaks protocol {PROTOCOL_VERSION}" in text for text in told)
     assert any(f"b speaks protocol {PROTOCOL_VERSION + 1}" in text for text in told)
+
+
+def test_both_ends_notice_a_cut_link(hosts: Hosts) -> None:
+    async def scenario() -> None:
+        async with hosts.running():
+            a, b = await hosts.start("a"), await hosts.start("b")
+            await hosts.pair(a, b)
+            ends = []
+            arrived = asyncio.Event()
+
+            async def keep(channel: Channel, peer: Peer) -> None:
+                ends.append(channel)
+                arrived.set()
+                await channel.receive(5)
+
+            b._listener._handler = keep
+            ends.append(await _link(a, b).open_control())
+            await arrived.wait()
+            for channel in ends:
+                sock = channel._writer.get_extra_info("socket")
+                options = [
+                    sock.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (
+                        socket.TCP_USER_TIMEOUT,
+                        socket.TCP_KEEPIDLE,
+                        socket.TCP_KEEPINTVL,
+                        socket.TCP_KEEPCNT,
+                        socket.TCP_NODELAY,
+                    )
+                ]
+                assert options == [8000, 4, 1, 4, 1]
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            await ends[1].close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,13 @@ class Frames(Generic[Sent, Received]):
                 f"a message of {len(body)} bytes for {self.other} is longer than {self._bound}"
             )
         try:
-            self._writer.write(len(body).to_bytes(4, "big") + body)
-            async with asyncio.timeout(SEND_LIMIT_S):
+            async with asyncio.timeout(SEND_LIMIT_S) as limit:
+                self._writer.write(len(body).to_bytes(4, "big") + body)
                 await self._writer.drain()
-        except TimeoutError as error:
-            raise PeerError(f"{self.other} took no message for {SEND_LIMIT_S:.0f} s") from error
         except (OSError, RuntimeError) as error:
+            # A dead link's ETIMEDOUT is a TimeoutError, too.
+            if limit.expired():
+                raise PeerError(f"{self.other} took nothing for {SEND_LIMIT_S:.0f} s") from error
             raise self._broken(error) from error
 
     async def receive(self, timeout_s: float | None) -> Received:
@@ -93,7 +94,7 @@ class Frames(Generic[Sent, Received]):
     async def receive_body(self, timeout_s: float | None, bound: int) -> bytes:
         """The next message as it came, of at most `bound` bytes. PeerError as for `receive`."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
                 # Kept across a time-out or cancellation between header and body.
                 if self._body_length is None:
                     self._body_length = int.from_bytes(await self._reader.readexactly(4), "big")
@@ -103,11 +104,11 @@ class Frames(Generic[Sent, Received]):
                         f"at most {bound} are taken"
                     )
                 body = await self._reader.readexactly(self._body_length)
-        except TimeoutError as error:
-            raise PeerError(f"{self.other} said nothing for {timeout_s:g} s") from error
         except asyncio.IncompleteReadError as error:
             raise PeerError(f"{self.other} closed the connection") from error
         except OSError as error:
+            if limit.expired():
+                raise PeerError(f"{self.other} said nothing for {timeout_s:g} s") from error
             raise self._broken(error) from error
         self._body_length = None
         return body
