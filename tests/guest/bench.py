@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class Bench:
         )
 
     @asynccontextmanager
-    async def started(self, argv: list[str], log: str = "log") -> AsyncIterator[GuestProcess]:
+    async def started(self, argv: list[str], log: str = "log") -> AsyncGenerator[GuestProcess]:
         """The process of a command line, killed at the end."""
         process = await launch(
             argv,

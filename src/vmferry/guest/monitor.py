@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from typing import NoReturn
@@ -33,9 +35,11 @@ class CommandFailed(GuestError):
 class Monitor:
     """One connection to one guest's monitor. Commands go one at a time, in the order of calls."""
 
-    def __init__(self, client: QMPClient, guest: str) -> None:
+    def __init__(self, client: QMPClient, guest: str, server_pid: int = 0) -> None:
         self._client = client
         self._turn = asyncio.Lock()
+        self.server_pid = server_pid
+        """The process that listens on the socket; 0 where it cannot be seen from here."""
         self.guest = guest
         """How the guest is called in sentences."""
 
@@ -47,22 +51,32 @@ class Monitor:
         socket serves one client, and the second one is let in but never greeted."""
         guest = guest or f"at {path}"
         client = QMPClient(guest)
+        endpoint = socket.socket(socket.AF_UNIX)
+        endpoint.setblocking(False)
         try:
+            # Connects at once, or would block because other clients wait in line.
+            endpoint.connect(path)
+            server_pid = peer_pid(endpoint)
             async with asyncio.timeout(timeout_s):
-                await client.connect(path)
-        except TimeoutError:
+                await client.connect(endpoint)
+        except (TimeoutError, BlockingIOError):
+            endpoint.close()
             raise GuestError(
                 f"the monitor of guest {guest} ({path}) is in use by somebody else, or the guest "
                 f"hangs: no greeting came in {timeout_s:g} s. Close the other client, or give the "
                 "guest a second QMP socket"
             ) from None
         except (QMPError, ConnectError, OSError, EOFError) as error:
+            endpoint.close()
             cause = error.exc if isinstance(error, ConnectError) else error
             raise GuestError(
                 f"the monitor of guest {guest} ({path}) does not answer: "
                 f"{str(cause) or type(cause).__name__}"
             ) from error
-        return cls(client, guest)
+        except BaseException:
+            endpoint.close()
+            raise
+        return cls(client, guest, server_pid)
 
     async def execute(
         self,
@@ -161,6 +175,12 @@ class Monitor:
         raise GuestError(
             f"guest {self.guest} is gone, or closed its monitor, during {command}"
         ) from error
+
+
+def peer_pid(endpoint: socket.socket) -> int:
+    """The process that listens at the other end of a connected unix socket."""
+    credentials = endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[0])
 
 
 def _instant_ns(timestamp: object) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmferry.errors import GuestError, Refused
+from vmferry.guest.monitor import peer_pid
 from vmferry.guest.options import guest_name, qmp_sockets
 
 
@@ -109,6 +111,7 @@ def read_process(pid: int) -> GuestProcess:
 def _find_by_path(reference: str) -> GuestProcess:
     wanted = os.path.realpath(reference)
     hidden = False
+    found: list[GuestProcess] = []
     for pid in _pids():
         try:
             argv = _argv(pid)
@@ -125,7 +128,13 @@ def _find_by_path(reference: str) -> GuestProcess:
         except (GuestError, Refused, OSError):
             continue
         # The socket that was named is the one that is free for us.
-        return replace(process, qmp=wanted)
+        found.append(replace(process, qmp=wanted))
+    if len(found) > 1:
+        # The path of the older ones was taken over: only the newest can be reached through it.
+        server = _server_of(wanted)
+        found = [process for process in found if process.pid == server]
+    if found:
+        return found[0]
     if hidden:
         raise Refused(
             f"no guest with the QMP socket {reference} may be looked at: run vmferry as root or as "
@@ -194,6 +203,16 @@ def _last_served(pid: int, sockets: list[str]) -> str | None:
         except (KeyError, FileNotFoundError):
             continue
     return next((path for path in reversed(sockets) if path in held), None)
+
+
+def _server_of(path: str) -> int:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except OSError:
+            return 0
+        return peer_pid(probe)
 
 
 def _start_time(pid: int) -> int:

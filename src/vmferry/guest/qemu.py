@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from vmferry.errors import GuestError
+from vmferry.errors import GuestError, Refused
 from vmferry.guest import devicestate
 from vmferry.guest.monitor import CommandFailed, Monitor
 from vmferry.guest.nics import read_nics
@@ -15,6 +15,7 @@ from vmferry.guest.ramblocks import RamBlock, read_ram_blocks
 DRAIN_NODE = "vmferry-drain"
 DRAIN_LIMIT_S = 30.0
 """A drain takes as long as the slowest disk request that is in flight."""
+MOVABLE_STATUS = ("running", "paused")
 
 _DMA_OF_ITS_OWN = {
     "vfio": "passes a host device through, which writes memory that nobody can track",
@@ -44,13 +45,23 @@ class Qemu:
         self._nics = nics
         self._draining = False
         self._ending = False
+        self._blockers: list[str] | None = None
 
     @classmethod
     async def attach(cls, process: GuestProcess, qmp: str | None = None) -> Qemu:
         """Connects to the guest's monitor. GuestError when it is held by somebody else or gone."""
         called = f"{process.name} (pid {process.pid})"
-        monitor = await Monitor.connect(qmp or process.qmp, guest=called)
+        path = qmp or process.qmp
+        monitor = await Monitor.connect(path, guest=called)
         try:
+            # A second QEMU with the same command line takes the path over without a word; two
+            # processes must never be taken for one.
+            if monitor.server_pid not in (0, process.pid):
+                raise Refused(
+                    f"the QMP socket {path} of guest {called} now leads to process "
+                    f"{monitor.server_pid}, which was started later with the same path; end one "
+                    "of the two"
+                )
             version = (await monitor.table("query-version")).get("qemu")
             numbers = version if isinstance(version, dict) else {}
             machine = str(
@@ -83,6 +94,9 @@ class Qemu:
     async def blockers(self) -> list[str]:
         """Why this guest cannot be moved, a sentence each; empty when it can."""
         found: list[str] = []
+        status = str((await self.monitor.table("query-status")).get("status"))
+        if status not in MOVABLE_STATUS:
+            found.append(f"its status is {status}: a guest is moved running or paused")
         reasons = (await self.monitor.table("query-migrate")).get("blocked-reasons")
         if isinstance(reasons, list):
             found += [f"QEMU says: {reason}" for reason in reasons]
@@ -97,7 +111,8 @@ class Qemu:
                 settings = Settings.parse(word.value)
                 found += self._foreign_dma(settings.head, settings.pairs.get("id", settings.head))
         found += await self._foreign_devices()
-        return list(dict.fromkeys(found))
+        self._blockers = list(dict.fromkeys(found))
+        return list(self._blockers)
 
     async def _foreign_devices(self) -> list[str]:
         """Those that were plugged in later, too."""
@@ -155,7 +170,14 @@ class Qemu:
         return await self.monitor.cont()
 
     async def save_device_state(self) -> bytes:
-        """The device state of the stopped guest; gives its disks' locks up until `cont`."""
+        """The device state of the stopped guest; gives its disks' locks up until `cont`.
+
+        Refused when something blocks the move: QEMU would die of saving it.
+        """
+        if self._blockers is None:
+            await self.blockers()
+        if self._blockers:
+            raise Refused(f"guest {self.monitor.guest} cannot be saved: {self._blockers[0]}")
         return await devicestate.save(self.monitor)
 
     async def load_device_state(self, data: bytes, timeout_s: float) -> None:
