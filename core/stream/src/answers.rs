@@ -96,7 +96,11 @@ impl Post {
         while start.elapsed() < HOLD {
             let last = self.last.load(SeqCst);
             let quiet = last == 0
-                || self.start.elapsed().saturating_sub(Duration::from_nanos(last)) > QUIET;
+                || self
+                    .start
+                    .elapsed()
+                    .saturating_sub(Duration::from_nanos(last))
+                    > QUIET;
             if quiet && !self.busy.load(SeqCst) {
                 return;
             }
@@ -190,7 +194,7 @@ impl<'a> Answers<'a> {
     }
 
     fn take_frames(&mut self) -> Result<(), StreamError> {
-        while let Some(frame) = self.channel.next()? {
+        while let Some(frame) = self.channel.next_frame()? {
             match frame.header.kind {
                 Kind::Request => {
                     self.post.requested();
@@ -230,7 +234,11 @@ impl<'a> Answers<'a> {
             }
         }
         if let Some(last) = asked.last() {
-            self.post.order.lock().expect("nobody panics inside").fault(*last);
+            self.post
+                .order
+                .lock()
+                .expect("nobody panics inside")
+                .fault(*last);
         }
         for id in &asked {
             if self.channel.fill()? {

@@ -27,7 +27,12 @@ impl AtomicPages {
         Self {
             shape: set.shape().to_vec(),
             words: blocks
-                .map(|block| set.words(block).iter().map(|w| AtomicU64::new(*w)).collect())
+                .map(|block| {
+                    set.words(block)
+                        .iter()
+                        .map(|w| AtomicU64::new(*w))
+                        .collect()
+                })
                 .collect(),
             len: AtomicUsize::new(set.len()),
         }
@@ -51,16 +56,12 @@ impl AtomicPages {
         self.len.load(SeqCst)
     }
 
-    /// Whether none is in it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Whether the page exists in this shape.
     #[must_use]
     pub fn has(&self, id: PageId) -> bool {
-        self.shape.get(usize::from(id.block)).is_some_and(|pages| id.page < *pages)
+        self.shape
+            .get(usize::from(id.block))
+            .is_some_and(|pages| id.page < *pages)
     }
 
     fn word(&self, id: PageId) -> (&AtomicU64, u64) {
@@ -87,7 +88,12 @@ impl AtomicPages {
 
     /// Puts the page in; true for the one caller that did.
     pub fn put(&self, id: PageId) -> bool {
-        assert!(self.has(id), "page {} is outside block {}", id.page, id.block);
+        assert!(
+            self.has(id),
+            "page {} is outside block {}",
+            id.page,
+            id.block
+        );
         let (word, bit) = self.word(id);
         let new = word.fetch_or(bit, SeqCst) & bit == 0;
         if new {

@@ -61,7 +61,14 @@ impl Channel {
         let until = Instant::now() + HANDSHAKE_LIMIT;
         let mut channel = Self::over(Tls::connect(Socket::new(socket)?, credentials)?);
         let flags = if urgent { frame::URGENT } else { 0 };
-        channel.send(Head { flags, ..Head::of(Kind::Hello, 0) }, &[], &token)?;
+        channel.send(
+            Head {
+                flags,
+                ..Head::of(Kind::Hello, 0)
+            },
+            &[],
+            &token,
+        )?;
         channel.flush()?;
         match channel.read(Patience::Until(until)) {
             Ok(frame) if frame.header.kind == Kind::HelloOk => {}
@@ -91,7 +98,10 @@ impl Channel {
         if hello.header.kind != Kind::Hello {
             return Err(unexpected(&hello));
         }
-        let token = channel.body(&hello).try_into().expect("checked by the frame");
+        let token = channel
+            .body(&hello)
+            .try_into()
+            .expect("checked by the frame");
         let urgent = hello.header.flags & frame::URGENT != 0;
         channel.send(Head::of(Kind::HelloOk, 0), &[], &[])?;
         channel.flush()?;
@@ -178,7 +188,7 @@ impl Channel {
     ///
     /// # Errors
     /// `Corrupt`, `Closed`.
-    pub fn next(&mut self) -> Result<Option<Frame>, StreamError> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, StreamError> {
         self.tls.consume(std::mem::take(&mut self.current));
         let needed = frame::needed(self.tls.peek(HEADER)?)?;
         let Some(frame) = frame::parse(self.tls.peek(needed)?)? else {
@@ -195,7 +205,7 @@ impl Channel {
         Ok(Some(frame))
     }
 
-    /// The body of the frame that `next` or `read` gave last.
+    /// The body of the frame that `next_frame` or `read` gave last.
     #[must_use]
     pub fn body(&self, frame: &Frame) -> &[u8] {
         &self.tls.plain()[frame.body.clone()]
@@ -207,7 +217,7 @@ impl Channel {
     /// `Corrupt`, `Closed`.
     pub fn read(&mut self, patience: Patience) -> Result<Frame, StreamError> {
         loop {
-            if let Some(frame) = self.next()? {
+            if let Some(frame) = self.next_frame()? {
                 return Ok(frame);
             }
             let inside = !self.tls.plain().is_empty();
@@ -255,5 +265,8 @@ impl Drop for Channel {
 /// A frame that its receiver has no use for.
 #[must_use]
 pub fn unexpected(frame: &Frame) -> StreamError {
-    StreamError::corrupt(format!("the peer sent {:?} where it may not", frame.header.kind))
+    StreamError::corrupt(format!(
+        "the peer sent {:?} where it may not",
+        frame.header.kind
+    ))
 }

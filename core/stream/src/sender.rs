@@ -28,7 +28,7 @@ const PULL_PAGES: usize = 16;
 const LOOK: u32 = 16;
 
 enum Urgent {
-    Idle(Channel),
+    Idle(Box<Channel>),
     Serving {
         post: Arc<Post>,
         thread: JoinHandle<Result<(), StreamError>>,
@@ -66,7 +66,10 @@ impl Cursor<'_> {
             // A block's last page may be the last that a u32 can name.
             *at = match id.page.checked_add(1) {
                 Some(page) => Some(PageId { page, ..id }),
-                None => id.block.checked_add(1).map(|block| PageId { block, page: 0 }),
+                None => id
+                    .block
+                    .checked_add(1)
+                    .map(|block| PageId { block, page: 0 }),
             };
         }
     }
@@ -95,13 +98,17 @@ impl Sender {
         if bulk.is_empty() {
             return Err(StreamError::Argument("a sender needs a bulk stream".into()));
         }
-        let sockets = bulk.iter().chain([&urgent]).map(|c| c.socket().clone()).collect();
+        let sockets = bulk
+            .iter()
+            .chain([&urgent])
+            .map(|c| c.socket().clone())
+            .collect();
         let shape = memory.shape().to_vec();
         Ok(Self {
             shared: Arc::new(Shared::new(memory, sockets)),
             shape,
             bulk: Mutex::new(bulk.into_iter().map(Bulk::new).collect::<Result<_, _>>()?),
-            urgent: Mutex::new(Urgent::Idle(urgent)),
+            urgent: Mutex::new(Urgent::Idle(Box::new(urgent))),
         })
     }
 
@@ -210,10 +217,13 @@ impl Sender {
             .map_err(|error| self.shared.fail(error))?;
         let post = Arc::new(Post::new(missing)?);
         let (shared, for_thread) = (self.shared.clone(), post.clone());
-        self.shared.counters.remaining.store(missing.len() as u64, Relaxed);
+        self.shared
+            .counters
+            .remaining
+            .store(missing.len() as u64, Relaxed);
         let thread = std::thread::Builder::new()
             .name("ferry-answers".into())
-            .spawn(move || Answers::new(channel, &shared, &for_thread)?.run())
+            .spawn(move || Answers::new(*channel, &shared, &for_thread)?.run())
             .map_err(|error| StreamError::Refused(format!("a thread: {error}")))?;
         *urgent = Urgent::Serving { post, thread };
         Ok(())
@@ -291,7 +301,9 @@ impl Sender {
                 };
                 let least = IN_FLIGHT / streams;
                 bulk.limit_in_flight(window.clamp(least, MOST_IN_FLIGHT / streams));
-                self.shared.link.store((link / streams as f64 * 1000.0) as u64, Relaxed);
+                self.shared
+                    .link
+                    .store((link / streams as f64 * 1000.0) as u64, Relaxed);
                 // On a link faster than 4 Gbit/s a full batch takes no longer than half a ms.
                 pages = if link / (streams as f64) < 2.0 {
                     MAX_PAGES
@@ -300,7 +312,10 @@ impl Sender {
                 };
             }
             post.give_way();
-            post.order.lock().expect("nobody panics inside").next(&post.unsent, pages, &mut batch);
+            post.order
+                .lock()
+                .expect("nobody panics inside")
+                .next(&post.unsent, pages, &mut batch);
             if batch.is_empty() {
                 break;
             }
@@ -320,7 +335,9 @@ impl Sender {
     /// `Argument` when the layout differs.
     pub fn set_memory(&self, memory: Arc<Memory>) -> Result<(), StreamError> {
         if memory.shape() != self.shape {
-            return Err(StreamError::Argument("the memory has another layout".into()));
+            return Err(StreamError::Argument(
+                "the memory has another layout".into(),
+            ));
         }
         self.shared.set_memory(memory);
         Ok(())

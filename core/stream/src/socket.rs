@@ -145,7 +145,9 @@ impl Socket {
             Ok((0, _)) => Err(StreamError::closed("the peer closed the stream")),
             Ok((got, _)) => Ok(Some(got)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            Err(errno) => Err(StreamError::closed(format!("receiving from the peer: {errno}"))),
+            Err(errno) => Err(StreamError::closed(format!(
+                "receiving from the peer: {errno}"
+            ))),
         }
     }
 }

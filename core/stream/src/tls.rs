@@ -56,15 +56,16 @@ impl Credentials {
         let mut roots = RootCertStore::empty();
         for peer in peers {
             for certificate in certificates(peer)? {
-                roots.add(certificate).map_err(|e| bad("a peer's certificate", &e))?;
+                roots
+                    .add(certificate)
+                    .map_err(|e| bad("a peer's certificate", &e))?;
             }
         }
         let roots = Arc::new(roots);
         let provider = Arc::new(provider());
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
-                .build()
-                .map_err(|e| bad("the peers' certificates", &e))?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .build()
+            .map_err(|e| bad("the peers' certificates", &e))?;
         let versions = [&rustls::version::TLS13];
         let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&versions)
@@ -91,7 +92,9 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, StreamError>
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
-        Ok(_) => Err(StreamError::Argument("no certificate in the PEM text".into())),
+        Ok(_) => Err(StreamError::Argument(
+            "no certificate in the PEM text".into(),
+        )),
         Err(error) => Err(StreamError::Argument(format!("a certificate: {error}"))),
     }
 }
