@@ -134,9 +134,9 @@ def test_a_dead_link_is_not_taken_for_a_silent_peer() -> None:
     async def scenario() -> None:
         async with _channel() as (channel, _, _):
             channel._reader.set_exception(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
-            with pytest.raises(PeerError, match="broke .*Connection timed out"):
+            with pytest.raises(PeerError, match=r"broke .*Connection timed out"):
                 await channel.receive(5)
-            with pytest.raises(PeerError, match="broke .*Connection timed out"):
+            with pytest.raises(PeerError, match=r"broke .*Connection timed out"):
                 await channel.send(Aborted())
 
     asyncio.run(scenario())

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ FIRST_MESSAGE_LIMIT_S = 10.0
 """For a peer to say what its control connection is for, after the Hello."""
 CLIENTS_LEAVE_LIMIT_S = 5.0
 """For commands to take their last answer when the daemon ends."""
+WORKER_THREADS = 64
+"""For calls into the core, which wait in their thread: some three for each move under way."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,7 @@ class Daemon:
                 log.warning("%s again: still undoing what is under way.", number.name)
             ending.set()
 
+        loop.set_default_executor(ThreadPoolExecutor(WORKER_THREADS, "core"))
         for number in ENDING_SIGNALS:
             loop.add_signal_handler(number, on_signal, number)
         try:
