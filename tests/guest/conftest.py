@@ -12,6 +12,7 @@ import pytest
 from vmferry.lab import qemus
 
 from .bench import Bench
+from .firmware_guests import Guests
 
 VERSIONS = ["10.0", "7.2"]
 
@@ -26,3 +27,11 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     folder = Path(tempfile.mkdtemp(prefix="vfg-"))
     yield Bench(binary, folder)
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def guests(bench: Bench) -> Iterator[Guests]:
+    """Starts guests that nobody has prepared, and kills them at the end."""
+    started = Guests(bench.binary, bench.folder)
+    yield started
+    started.end()
