@@ -13,7 +13,6 @@ from vmferry.guest.process import find, find_all, read_process
 
 from .firmware_guests import Guests
 
-
 SOCKET = "path=m.sock,server=on,wait=off"
 
 
