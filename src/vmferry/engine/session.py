@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from vmferry._core import Memory, PageSet, Sender
+from vmferry._core import PageSet, Sender
 from vmferry.engine.attachment import Attachment, eager_pages
 from vmferry.engine.progress import Pulse
 from vmferry.engine.steps import Step, Timeline
@@ -151,7 +151,3 @@ class EngineSession:
         self.owed = PageSet(self.attachment.memory.shape)
         self.clock.pulled = time.monotonic()
         await self.timeline.reach(Step.PULLED)
-
-    def read_from(self, memory: Memory) -> None:
-        """Pages come from another process of the same layout from now on (the keeper)."""
-        self.sender.set_memory(memory)

@@ -196,14 +196,18 @@ class SourceMove:
             await asyncio.gather(strategy, broken, return_exceptions=True)
 
     async def _before_stop(self) -> None:
-        self._will(resume=self._was_running)
+        # The keeper runs nothing, so it may be there before the stop: it costs no downtime then.
+        self._fence = fence = await Fence.prepare(self.order.guest)
+        self._will(resume=self._was_running, keeper=fence.keeper)
+        _held(self._sender).set_memory(Memory(fence.keeper, _held(self._attachment).memory.blocks))
+        await self.timeline.reach(Step.KEEPER_MADE, f"pid {fence.keeper}")
 
     async def _announce_stop(self) -> None:
         await _held(self._line).say(m.Switch(cards=_cards(_held(self._network))))
 
     async def _hand_over(self) -> None:
         session, line, guest = _held(self._session), _held(self._line), _held(self._guest)
-        clock = session.clock
+        clock, fence = session.clock, _held(self._fence)
         state = await _held(session.saving)
         self._state_bytes = len(state)
         await self.timeline.reach(Step.STATE_SAVED, f"{len(state)} bytes")
@@ -215,10 +219,6 @@ class SourceMove:
         began = time.monotonic()
         await line.say(m.DeviceState(data=state))
         await self.timeline.reach(Step.STATE_SENT)
-        self._fence = fence = await Fence.prepare(self.order.guest)
-        self._will(resume=self._was_running, keeper=fence.keeper)
-        session.read_from(Memory(fence.keeper, _held(self._attachment).memory.blocks))
-        await self.timeline.reach(Step.KEEPER_MADE, f"pid {fence.keeper}")
         await line.hear(m.Loaded, LOAD_LIMIT_S)
         clock.load_s = time.monotonic() - began
         await self.timeline.reach(Step.LOADED)
