@@ -99,6 +99,8 @@ class Daemon:
             loop.add_signal_handler(number, on_signal, number)
         try:
             ready(await self.start())
+            # Now, and not in the first move: it takes most of a second.
+            await asyncio.to_thread(_load_engine)
             await ending.wait()
             log.info("Ending.")
         finally:
@@ -109,7 +111,9 @@ class Daemon:
         settings = self._settings
         address, port = await self._listener.start(settings.listen_address, settings.listen_port)
         self.place = Place(address, port, settings.advertised)
-        # Imported late, here and below: the engine needs the compiled core.
+        # Imported late, since `vmferry --help` needs none of it, but before the first move: half a
+        # second of imports does not belong into one.
+        from vmferry.engine import destination, source  # noqa: F401
         from vmferry.engine.deadman import DeadMan
 
         self._deadman = await DeadMan.arm(settings.state_dir)
@@ -188,6 +192,11 @@ class Daemon:
             case _:
                 reason = f"{self.identity.name} expected an offer first"
                 await channel.send(Refuse(reason=reason))
+
+
+def _load_engine() -> None:
+    import vmferry.engine.destination
+    import vmferry.engine.source  # noqa: F401
 
 
 def run(settings: Settings, ready: Callable[[str], None]) -> None:
