@@ -111,9 +111,7 @@ class Daemon:
         settings = self._settings
         address, port = await self._listener.start(settings.listen_address, settings.listen_port)
         self.place = Place(address, port, settings.advertised)
-        # Imported late, since `vmferry --help` needs none of it, but before the first move: half a
-        # second of imports does not belong into one.
-        from vmferry.engine import destination, source  # noqa: F401
+        # Imported late, here and below: the engine needs the compiled core.
         from vmferry.engine.deadman import DeadMan
 
         self._deadman = await DeadMan.arm(settings.state_dir)
