@@ -37,7 +37,8 @@ def between(result: Rewritten) -> str:
         # Kept, known or not; values that look like options are no options.
         ("-name vm -uuid 1-2 -smbios type=1 -sandbox on", None),
         ("-append -S -kernel k", None),
-        ("disk.img -no-reboot -frobnicate 7 --frobnicate=7 -x", None),
+        ("disk.img -no-reboot -frobnicate 7 --frobnicate=7 -x -", None),
+        ("-new-switch -daemonize -newer-switch -S -m 64", "-new-switch -newer-switch -m 64"),
         ("-monitor stdio -serial mon:stdio -serial null -parallel none", None),
         ("-vnc :1 -gdb tcp::1234 -s -qmp tcp:127.0.0.1:4000,server=on", None),
         ("-netdev user,id=n -netdev bridge,id=b,br=br0 -nic none", None),

@@ -16,6 +16,8 @@ _SWITCHES = """
 """
 _WITHOUT_VALUE = frozenset(_SWITCHES.split())
 """Options of QEMU 7.2 and 10.0 that are followed by no value."""
+_FREE_TEXT = frozenset(("append", "prom-env"))
+"""Options whose value may begin with a dash."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,21 @@ class Word:
 
 def words(argv: Sequence[str]) -> Iterator[Word]:
     """The words after argv[0], as QEMU itself reads them (`--x` is `-x`)."""
-    rest = iter(argv[1:])
-    for raw in rest:
-        if len(raw) < 2 or not raw.startswith("-"):
+    at = 1
+    while at < len(argv):
+        raw = argv[at]
+        at += 1
+        if not _is_option(raw):
             yield Word("", raw, (raw,))
             continue
         name = raw.removeprefix("-").removeprefix("-")
-        value = None if name in _WITHOUT_VALUE else next(rest, None)
-        yield Word(name, value, (raw,) if value is None else (raw, value))
+        # An option that is not known here may be a switch: it must not swallow the next one.
+        takes = name not in _WITHOUT_VALUE and at < len(argv)
+        if takes and (name in _FREE_TEXT or not _is_option(argv[at])):
+            yield Word(name, argv[at], (raw, argv[at]))
+            at += 1
+        else:
+            yield Word(name, None, (raw,))
 
 
 @dataclass
@@ -145,6 +154,10 @@ def unix_server(text: str) -> str:
         return ""
     settings = Settings.parse(text.removeprefix("unix:"))
     return settings.first("path") if settings.on("server") else ""
+
+
+def _is_option(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-")
 
 
 def _escaped(text: str) -> str:
