@@ -31,12 +31,12 @@ class Guest:
 
     name: str
     pid: int
-    qmp: Path
+    qmp: str
 
 
 def _order(name: str = "g", pid: int = 1) -> MoveOrder:
     return MoveOrder(
-        guest=cast("GuestProcess", Guest(name, pid, Path(f"/run/{name}.qmp"))),
+        guest=cast("GuestProcess", Guest(name, pid, f"/run/{name}.qmp")),
         method=METHODS["pre-copy"],
         bounds=Bounds(),
         verify=False,
@@ -113,6 +113,9 @@ def test_a_guest_moves_once_at_a_time_and_others_beside_it(
         _start(moves, _order("g", 1))
         with pytest.raises(Refused, match="guest g is already moving to b"):
             _start(moves, _order("g", 1))
+        for name in ("g", "1", "/run/g.qmp"):
+            with pytest.raises(Refused, match="guest g is already moving to b"):
+                moves.refuse_if_moving(name)
         _start(moves, _order("h", 2))
         assert {one.order.guest.name for one in moves.outgoing} == {"g", "h"}
         await moves.end()

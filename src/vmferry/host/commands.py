@@ -137,6 +137,7 @@ class Commands:
                 f"there is no strategy {request.strategy}; there are {', '.join(sorted(METHODS))}"
             )
         link = Link(self.identity, self.book.find(request.host), self.hello)
+        self.moves.refuse_if_moving(request.guest)
         order = MoveOrder(
             guest=await guests.find(request.guest),
             method=method,

@@ -116,12 +116,7 @@ class Moves:
         guest = order.guest
         if self._closed:
             raise Refused(f"the daemon of {order.source_host} is ending; start it again first")
-        running = self._outgoing.get(guest.pid)
-        if running is not None:
-            raise Refused(
-                f"guest {guest.name} is already moving to {running.order.destination_host} "
-                f"({running.phase}); wait for it, or run `vmferry cancel {guest.name}`"
-            )
+        self.refuse_if_moving(str(guest.pid))
         for arrival in self._arriving:
             if arrival.guest == guest.name:
                 raise Refused(
@@ -134,12 +129,29 @@ class Moves:
         starting.task.add_done_callback(lambda _: self._outgoing.pop(guest.pid))
         return starting
 
-    def find(self, guest: str) -> RunningMove:
-        """By the guest's name, PID or monitor path. Refused when it does not move."""
+    def refuse_if_moving(self, guest: str) -> None:
+        """Refused when the guest of this name, PID or monitor path moves. Asked before the guest
+        is looked for: while it moves, the one that waits for it may bear the same name here."""
+        running = self._named(guest)
+        if running is not None:
+            name = running.order.guest.name
+            raise Refused(
+                f"guest {name} is already moving to {running.order.destination_host} "
+                f"({running.phase}); wait for it, or run `vmferry cancel {name}`"
+            )
+
+    def _named(self, guest: str) -> RunningMove | None:
         for running in self._outgoing.values():
             process = running.order.guest
-            if guest in (process.name, str(process.pid), str(process.qmp)):
+            if guest in (process.name, str(process.pid), process.qmp):
                 return running
+        return None
+
+    def find(self, guest: str) -> RunningMove:
+        """By the guest's name, PID or monitor path. Refused when it does not move."""
+        running = self._named(guest)
+        if running is not None:
+            return running
         moving = ", ".join(running.order.guest.name for running in self._outgoing.values())
         raise Refused(f"no move of guest {guest} runs here (moving: {moving or 'none'})")
 
