@@ -20,9 +20,8 @@ from vmferry.report.records import Event, Progress, Report
 from vmferry.strategies import METHODS, Bounds
 
 if TYPE_CHECKING:
-    from vmferry.guest.process import GuestProcess
-
     from vmferry.engine.deadman import DeadMan
+    from vmferry.guest.process import GuestProcess
 
 
 @dataclass(frozen=True)
