@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +12,10 @@ from vmferry.errors import GuestError
 from vmferry.guest.commandline import Places, rewrite
 from vmferry.guest.process import GuestProcess, find
 from vmferry.guest.qemu import DRAIN_NODE, Qemu
-from vmferry.lab import qemus
 
 from .bench import Bench, copy, counted, counts_beyond, has_ended
 
 pytestmark = pytest.mark.parametrize("machine", ["pc", "q35"])
-
-
-@pytest.fixture(params=["10.0", "7.2"])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    wanted = tuple(int(n) for n in str(request.param).split("."))
-    binary = next((b for b in qemus.available() if b.version[: len(wanted)] == wanted), None)
-    if binary is None:
-        pytest.skip(f"no QEMU {request.param} on this machine")
-    # Paths of sockets are bounded, so pytest's own folders are too deep.
-    folder = Path(tempfile.mkdtemp(prefix="vfg-"))
-    yield Bench(binary, folder)
-    shutil.rmtree(folder)
 
 
 async def memory_of(guest: Qemu, process: GuestProcess) -> _core.Memory:

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmferry.errors import FerryError, GuestError, Refused
+from vmferry.guest.monitor import Monitor, peer_pid
 from vmferry.guest.options import qmp_sockets
 from vmferry.guest.process import GuestProcess, read_process
 
 START_LIMIT_S = 30.0
+END_LIMIT_S = 2.0
+"""For a process that has closed its monitor to be gone."""
 POLL_S = 0.003
 LAST_WORDS_BYTES = 2000
 
@@ -29,7 +32,7 @@ async def launch(
     log: Path,
     pass_fds: Sequence[int] = (),
 ) -> GuestProcess:
-    """Starts the program `exe` and returns when its last QMP socket can be connected to.
+    """Starts the program `exe` and returns when its last QMP socket greets.
 
     It runs in a session of its own as `uid`:`gid`, with /dev/null as its input and `log` as its
     output, and depends on nothing of ours. GuestError with its last words when it does not start;
@@ -42,7 +45,9 @@ async def launch(
         _start, list(argv), exe=exe, cwd=cwd, user=(uid, gid), log=log, pass_fds=pass_fds
     )
     try:
-        await _wait_listening(started, Path(cwd, sockets[-1]), log)
+        path = Path(cwd, sockets[-1])
+        await _wait_listening(started, path, log)
+        await _wait_greeting(started, path, log)
         process = read_process(started.pid)
     except BaseException as error:
         started.kill()
@@ -117,12 +122,9 @@ async def _wait_listening(started: subprocess.Popen[bytes], path: Path, log: Pat
     try:
         async with asyncio.timeout(START_LIMIT_S):
             # There is no event for a socket that begins to listen.
-            while not _connects(path):
+            while not _serves(started.pid, path):
                 if started.poll() is not None:
-                    raise GuestError(
-                        f"the new QEMU ended at its start (code {started.returncode}): "
-                        f"{last_words(log)}"
-                    )
+                    raise _ended(started, log)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise GuestError(
@@ -131,10 +133,32 @@ async def _wait_listening(started: subprocess.Popen[bytes], path: Path, log: Pat
         ) from None
 
 
-def _connects(path: Path) -> bool:
+async def _wait_greeting(started: subprocess.Popen[bytes], path: Path, log: Path) -> None:
+    """QEMU listens before it makes its devices, and greets after: most wrong options end it in
+    between."""
+    try:
+        monitor = await Monitor.connect(str(path), START_LIMIT_S, f"pid {started.pid}")
+    except GuestError as error:
+        try:
+            await asyncio.to_thread(started.wait, END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise error from None
+        raise _ended(started, log) from error
+    await monitor.disconnect()
+
+
+def _ended(started: subprocess.Popen[bytes], log: Path) -> GuestError:
+    return GuestError(
+        f"the new QEMU ended at its start (code {started.returncode}): {last_words(log)}"
+    )
+
+
+def _serves(pid: int, path: Path) -> bool:
+    """Whether this very process listens there: an older one of the same path may do so, too."""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except OSError:
             return False
-    return True
+        return peer_pid(probe) in (0, pid)

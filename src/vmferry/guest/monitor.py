@@ -70,8 +70,7 @@ class Monitor:
             endpoint.close()
             cause = error.exc if isinstance(error, ConnectError) else error
             raise GuestError(
-                f"the monitor of guest {guest} ({path}) does not answer: "
-                f"{str(cause) or type(cause).__name__}"
+                f"the monitor of guest {guest} ({path}) does not answer: {_told(cause)}"
             ) from error
         except BaseException:
             endpoint.close()
@@ -175,6 +174,14 @@ class Monitor:
         raise GuestError(
             f"guest {self.guest} is gone, or closed its monitor, during {command}"
         ) from error
+
+
+def _told(cause: Exception) -> str:
+    if isinstance(cause, EOFError):
+        return "it closed the connection"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__
 
 
 def peer_pid(endpoint: socket.socket) -> int:

@@ -109,7 +109,8 @@ class Qemu:
                 found.append("its disks' writes go to temporary files (-snapshot)")
             elif word.name in ("device", "netdev") and word.value is not None:
                 settings = Settings.parse(word.value)
-                found += self._foreign_dma(settings.head, settings.pairs.get("id", settings.head))
+                kind = settings.first("driver" if word.name == "device" else "type")
+                found += self._foreign_dma(kind, settings.pairs.get("id", kind))
         found += await self._foreign_devices()
         self._blockers = list(dict.fromkeys(found))
         return list(self._blockers)
