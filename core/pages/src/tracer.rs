@@ -344,9 +344,9 @@ impl Tracee {
         }
     }
 
-    /// Back to where it was taken: in the signal code of the kernel, from where it restarts the
-    /// call that it was in. After a call of ours it would return to user code instead, and show
-    /// it the kernel's own "to be restarted".
+    /// Back to where it was taken: in the kernel's signal code, which restarts the call that it
+    /// was in. From the end of a call of ours it would get there only because detaching happens
+    /// to kick it; missing that, it would see an error that the kernel keeps to itself.
     fn put_back(&mut self) -> Result<(), PagesError> {
         step(self.pid, "PTRACE_INTERRUPT", ptrace::interrupt(self.pid))?;
         self.resume(0)?;
