@@ -17,6 +17,7 @@ import msgspec
 
 from vmferry.errors import FerryError, GuestError, MoveFailed
 from vmferry.guest.launch import launch
+from vmferry.guest.monitor import Monitor
 from vmferry.guest.process import GuestProcess
 from vmferry.lab import baseline, downloads, guestimage, leftovers, qemus
 from vmferry.lab.baseline import QemuMigration, QemuMode
@@ -245,6 +246,9 @@ class Lab:
             gid=os.getegid(),
             log=log,
         )
+        # The socket listens before the tap is made; the greeting comes when all is made.
+        monitor = await Monitor.connect(process.qmp, guest=spec.name)
+        await monitor.disconnect()
         await asyncio.to_thread(self.topology.join, host, spec.tap)
         return process, console, log
 

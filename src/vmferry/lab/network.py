@@ -172,5 +172,5 @@ def _set(net: NetNS, name: str, **what: object) -> None:
 def _index(net: NetNS, name: str) -> int:
     found = net.link_lookup(ifname=name)
     if not found:
-        raise OSError(f"no interface {name} in namespace {net.netns}")
+        raise OSError(f"no interface {name} in this namespace of the lab")
     return found[0]
