@@ -39,6 +39,11 @@ class Bench:
         """Prints no host addresses of RAM blocks, and ends when a load fails."""
         return self.binary.version < (8,)
 
+    @property
+    def name(self) -> str:
+        """Of the guest under test: no two runs of the tests at once share it."""
+        return f"subject-{self.folder.name}"
+
     def disk(self, name: str = "boot.qcow2") -> Path:
         """An image whose boot sector counts for ever."""
         raw, image = self.folder / "boot.raw", self.folder / name
@@ -49,8 +54,9 @@ class Bench:
         )
         return image
 
-    def argv(self, machine: str, *more: str, name: str = "subject") -> list[str]:
+    def argv(self, machine: str, *more: str, name: str = "") -> list[str]:
         """A bare machine with a QMP socket."""
+        name = name or self.name
         return [
             *self.binary.command,
             *("-name", f"guest={name},debug-threads=on", "-M", machine, "-m", "64"),
@@ -59,7 +65,7 @@ class Bench:
             *("-qmp", f"unix:{self.folder}/{name}.qmp,server=on,wait=off"),
         ]
 
-    def furnished(self, machine: str, disk: Path, name: str = "subject") -> list[str]:
+    def furnished(self, machine: str, disk: Path, name: str = "") -> list[str]:
         """A machine with the devices that most guests have; it counts once it has booted."""
         return self.argv(
             machine,

@@ -28,11 +28,12 @@ class Guests:
     def start(
         self,
         *extra: str,
-        name: str = "subject",
+        name: str = "",
         monitor: Sequence[str] = MONITOR,
         pass_fds: Sequence[int] = (),
     ) -> GuestProcess:
         """Starts one and waits until a `.sock` of its directory listens."""
+        name = name or f"subject-{self.directory.name}"
         child = self.spawn(*monitor, *extra, name=name, pass_fds=pass_fds)
         home = self._home(child)
         until = time.monotonic() + START_LIMIT_S

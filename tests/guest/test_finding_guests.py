@@ -17,11 +17,11 @@ SOCKET = "path=m.sock,server=on,wait=off"
 
 
 def test_by_name_pid_and_path(guests: Guests) -> None:
-    guest = guests.start("-S", name="found-one")
-    assert guest.name == "found-one"
+    guest = guests.start("-S")
+    assert guest.name == f"subject-{guests.directory.name}"
     assert guest.qmp == f"{guest.cwd}/m.sock"
     assert guest.exe == str(guests.qemu.path.resolve())
-    assert find("found-one") == guest
+    assert find(guest.name) == guest
     assert find(str(guest.pid)) == guest
     assert find(guest.qmp) == guest
     assert guest in find_all()
@@ -60,9 +60,10 @@ def test_of_several_monitors_the_last(guests: Guests) -> None:
 
 
 def test_two_of_one_name_are_told_apart_by_pid(guests: Guests) -> None:
-    one, other = guests.start("-S", name="twin"), guests.start("-S", name="guest=twin")
-    with pytest.raises(Refused, match="several guests are called twin") as refused:
-        find("twin")
+    name = f"twin-{guests.directory.name}"
+    one, other = guests.start("-S", name=name), guests.start("-S", name=f"guest={name}")
+    with pytest.raises(Refused, match=f"several guests are called {name}") as refused:
+        find(name)
     assert f"{one.pid}, {other.pid}" in str(refused.value)
     assert find(str(other.pid)) == other
 

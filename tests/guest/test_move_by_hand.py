@@ -149,7 +149,7 @@ async def nothing_is_left(process: GuestProcess) -> None:
 def test_the_guest_is_found_again_by_all_its_names(bench: Bench, machine: str) -> None:
     async def run() -> None:
         async with bench.started(bench.argv(machine)) as process:
-            for reference in (str(process.pid), "subject", f"{bench.folder}/subject.qmp"):
+            for reference in (str(process.pid), bench.name, process.qmp):
                 assert find(reference) == process
 
     asyncio.run(run())

@@ -107,8 +107,8 @@ def test_a_guest_whose_socket_was_taken_over_is_not_mistaken(bench: Bench) -> No
         async with bench.started(argv) as first, bench.started(argv, log="second.log") as second:
             assert first.qmp == second.qmp
             assert find(first.qmp) == second
-            with pytest.raises(Refused, match="several guests are called subject"):
-                find("subject")
+            with pytest.raises(Refused, match=f"several guests are called {bench.name}"):
+                find(bench.name)
             with pytest.raises(Refused, match=f"leads to process {second.pid}"):
                 await Qemu.attach(first)
             newer = await Qemu.attach(second)
@@ -126,7 +126,7 @@ def test_a_daemonized_guest_is_its_sockets_owner(bench: Bench) -> None:
         assert await starter.wait() == 0
         pid = int(pidfile.read_text())
         try:
-            process = find("subject")
+            process = find(bench.name)
             assert process.pid == pid
             guest = await Qemu.attach(process)
             assert await guest.running()
