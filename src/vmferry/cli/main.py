@@ -35,6 +35,7 @@ _COMMANDS = {
     "ls": ("vmferry.cli.listing:ls", "List the guests of this host and its paired hosts."),
     "move": ("vmferry.cli.move:move", "Move a running guest to a paired host."),
     "cancel": ("vmferry.cli.move:cancel", "Cancel a running move; the guest stays."),
+    "lab": ("vmferry.cli.lab:app", "Two hosts, a client and guests on this one machine."),
 }
 
 for _name, (_target, _help) in _COMMANDS.items():

@@ -90,7 +90,12 @@ class DestinationMove:
             await self._serve()
             await surely(self._end())
         except asyncio.CancelledError:
-            await surely(self._undo("the destination's daemon is ending"))
+            if self._line.conversation.state is State.LOADED and not self._ours:
+                # The source may be fenced already, so this may be the only copy: it is left as it
+                # is, paused, for the operator.
+                await surely(self._leave())
+            else:
+                await surely(self._undo("the destination's daemon is ending"))
             raise
         except Refused as error:
             await surely(self._refuse(str(error)))
@@ -299,9 +304,7 @@ class DestinationMove:
     async def _undo(self, reason: str) -> None:
         """Before the commit: leave nothing. After it: the guest is ours and stays."""
         if self._ours:
-            if self._waiting is not None:
-                await self._waiting.let_go()
-            await self._close()
+            await self._leave()
             return
         await self._kill()
         with contextlib.suppress(PeerError, ProtocolViolation):
@@ -310,6 +313,13 @@ class DestinationMove:
                 await self._line.say(m.Aborted())
             elif state not in (State.ABORTED, State.GREETED):
                 await self._line.say(m.Abort(reason=reason))
+        await self._close()
+
+    async def _leave(self) -> None:
+        """Lets the QEMU be. With pages missing its userfaultfd stays open inside it, so that the
+        guest waits for them instead of reading zeros."""
+        if self._waiting is not None:
+            await self._waiting.let_go()
         await self._close()
 
     async def _close(self) -> None:

@@ -69,6 +69,8 @@ class EngineSession:
         self.total_pages = sum(memory.shape)
         self.pushed_pages = 0
         self._page_s = 0.0
+        self._unscanned = False
+        """Whether the last round's dirty pages are not known yet."""
 
     async def scan(self) -> PageSet:
         began = time.monotonic()
@@ -81,7 +83,8 @@ class EngineSession:
             # lands: only what is read after a drain that follows the scan is complete.
             await self.guest.drain()
         self.owed = self.owed | dirty
-        if self.rounds:
+        if self._unscanned:
+            self._unscanned = False
             last = self.rounds[-1]
             self.rounds[-1] = Round(last.pages, last.wire_bytes, last.seconds, len(dirty))
         if self.stopped:
@@ -110,6 +113,7 @@ class EngineSession:
         self.sent = self.sent | pages
         self.pushed_pages += len(pages)
         self.rounds.append(Round(len(pages), wire_bytes, seconds, 0))
+        self._unscanned = True
         if len(pages) >= RATE_SAMPLE_PAGES or not self._page_s:
             self._page_s = seconds / max(1, len(pages))
         if self.stopped:

@@ -99,7 +99,7 @@ class SourceMove:
             if self.committing:
                 await surely(self._leave_in_doubt())
                 raise _in_doubt(self.order, error) from error
-            await surely(self._undo(str(error) or type(error).__name__))
+            await surely(self._undo(str(error) or "cancelled"))
             raise _as_ended(self.order, error) from error
 
     async def _prepare(self) -> tuple[EngineSession, m.Ready]:
