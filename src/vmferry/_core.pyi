@@ -1,4 +1,4 @@
-"""The Rust core: it moves bytes, in batches, without the GIL, and has no opinion on what to send when.
+"""The Rust core: it moves bytes, in batches, without the GIL, and has no opinion on what and when.
 
 Every method that may take longer than a few microseconds releases the GIL; call it through
 `asyncio.to_thread`. Pages are 4096 bytes; a page is named by the index of its block and its index
@@ -25,14 +25,14 @@ class Cancelled(CoreError):
 # --- a foreign process -------------------------------------------------------------------------
 
 def inject_userfaultfd(pid: int, *, user_mode_only: bool, keep_open: bool) -> tuple[int, int]:
-    """Makes a userfaultfd inside `pid` by ptrace and takes a copy: (our descriptor, its number there).
+    """Makes a userfaultfd inside `pid` by ptrace and takes a copy: (ours, its number there).
 
     With `keep_open` it stays open there too, so that it outlives this process; otherwise it is
     closed there again and the second number is -1. OSError carries the errno of the injected call.
     """
 
 def inject_userfaultfd_from(pid: int, device: int, *, keep_open: bool) -> tuple[int, int]:
-    """The same through /dev/userfaultfd, open in `pid` as descriptor `device` (kernel-mode faults)."""
+    """The same through /dev/userfaultfd, open in `pid` as `device` (kernel-mode faults)."""
 
 def inject_close(pid: int, descriptor: int) -> None: ...
 def inject_discard(pid: int, address: int, length: int) -> None:
@@ -113,7 +113,7 @@ class Memory:
         zeros or a hole. Reads only populated pages, so it populates nothing."""
 
 def differing_pages(a: bytes, b: bytes) -> list[int]:
-    """Indices at which two digest vectors differ, at most the first 64; unlike lengths: ValueError."""
+    """Where two digest vectors differ, at most the first 64; unlike lengths: ValueError."""
 
 def count_differing(a: bytes, b: bytes) -> int: ...
 

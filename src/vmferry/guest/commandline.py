@@ -72,6 +72,7 @@ class _Rewriting:
         self._files: list[Path] = []
         self._numbers: dict[str, int] = {}
         self._macs = _macs(argv)
+        self._persistent = _persistent_memory(argv)
         self._machine_seen = False
 
     def run(self) -> Rewritten:
@@ -101,6 +102,11 @@ class _Rewriting:
             raise Refused(
                 "the guest was started with -add-fd: its files were handed over as descriptors "
                 "that cannot be opened elsewhere, so it cannot be moved"
+            )
+        if name == "drive" and value is not None and Settings.parse(value).on("snapshot"):
+            raise Refused(
+                "the guest has a -drive with snapshot=on: what it wrote there is in a temporary "
+                "file of its QEMU, so it cannot be moved"
             )
         new = value if value is None else self._value(name, value)
         if new == value:
@@ -156,7 +162,12 @@ class _Rewriting:
     def _chardev(self, value: str) -> str:
         settings = Settings.parse(value)
         pairs = settings.pairs
-        if settings.head == "socket" and (settings.on("server") or "fd" in pairs):
+        if settings.head == "socket" and "fd" in pairs and not settings.on("server"):
+            raise Refused(
+                f"chardev {pairs.get('id')} is a connection that was handed over as a descriptor, "
+                "which cannot be opened elsewhere, so the guest cannot be moved"
+            )
+        if settings.head == "socket" and settings.on("server"):
             if "path" in pairs or "fd" in pairs:
                 pairs.pop("fd", None)
                 pairs["path"] = self._socket(self._numbered("chardev", "sock"))
@@ -211,9 +222,14 @@ class _Rewriting:
     def _object(self, value: str) -> str:
         settings = Settings.parse(value)
         pairs = settings.pairs
-        if settings.head != "memory-backend-file" or settings.on("readonly"):
+        if settings.first("qom-type") != "memory-backend-file" or settings.on("readonly"):
             return value
         path = pairs.get("mem-path", "")
+        if pairs.get("id") in self._persistent:
+            raise Refused(
+                f"memory {pairs.get('id')} is an NVDIMM on {path}, a disk in all but name, so the "
+                "guest cannot be moved"
+            )
         pairs["mem-path"] = self._mem_path(path, pairs.get("id", "ram"))
         return value if pairs["mem-path"] == path else str(settings)
 
@@ -274,6 +290,12 @@ def _macs(argv: Sequence[str]) -> dict[str, str]:
             if "netdev" in pairs and "mac" in pairs:
                 found[pairs["netdev"]] = pairs["mac"]
     return found
+
+
+def _persistent_memory(argv: Sequence[str]) -> set[str]:
+    """Memory backends that an NVDIMM keeps its contents in."""
+    devices = [Settings.parse(w.value) for w in words(argv) if w.name == "device" and w.value]
+    return {d.pairs.get("memdev", "") for d in devices if d.first("driver") == "nvdimm"}
 
 
 def _is_ours(option: str, value: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _SWITCHES = """
     h help version nographic snapshot S s daemonize no-reboot no-shutdown no-acpi no-hpet
@@ -63,6 +63,8 @@ class Settings:
     json: dict[str, object] | None = None
     head_key: str = ""
     """The key of the first part, where a JSON object names it (`type`, `qom-type`, `driver`)."""
+    earlier: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs whose key came again later, as a list is written (`host-nodes=0,host-nodes=2`)."""
 
     @classmethod
     def parse(cls, text: str) -> Settings:
@@ -72,15 +74,18 @@ class Settings:
         parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
         head = "" if "=" in parts[0] else parts.pop(0)
         pairs: dict[str, str] = {}
+        earlier: list[tuple[str, str]] = []
         for part in parts:
             key, equals, value = part.partition("=")
             if equals:
+                if key in pairs:
+                    earlier.append((key, pairs.pop(key)))
                 pairs[key] = value
             elif key in ("nowait", "noserver", "nodelay"):
                 pairs[key.removeprefix("no")] = "off" if key != "nodelay" else "on"
             elif key:
                 pairs[key] = "on"
-        return cls(head, pairs)
+        return cls(head, pairs, earlier=earlier)
 
     @classmethod
     def _parse_json(cls, text: str) -> Settings:
@@ -103,7 +108,7 @@ class Settings:
             }
             first: dict[str, object] = {self.head_key: self.head} if self.head_key else {}
             return json.dumps(first | kept, separators=(",", ":"))
-        pairs = [f"{key}={_escaped(value)}" for key, value in self.pairs.items()]
+        pairs = [f"{k}={_escaped(v)}" for k, v in (*self.earlier, *self.pairs.items())]
         return ",".join([_escaped(self.head), *pairs] if self.head else pairs)
 
     def first(self, key: str) -> str:

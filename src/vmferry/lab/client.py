@@ -27,6 +27,8 @@ class Window(msgspec.Struct, frozen=True):
     """The longest time without an echo."""
     echoes_sent: int
     echoes_lost: int
+    lost_after_ms: float
+    """From the window's begin to the sending of the first lost echo; 0 without one."""
     lost_span_ms: float
     """From the first lost echo's sending to the last one's."""
     echoes_doubled: int

@@ -289,12 +289,13 @@ static void print_window(int64_t from, int64_t to)
 	for (size_t i = 0; i < reply_count; i++)
 		replies_seen += replies[i] >= from && replies[i] <= to;
 	printf("{\"blackout_ms\":%.3f,\"echoes_sent\":%zu,\"echoes_lost\":%zu,"
-	       "\"lost_span_ms\":%.3f,\"echoes_doubled\":%lu,\"round_trip_ms_median\":%.3f,"
+	       "\"lost_after_ms\":%.3f,\"lost_span_ms\":%.3f,\"echoes_doubled\":%lu,\"round_trip_ms_median\":%.3f,"
 	       "\"round_trip_ms_max\":%.3f,\"send_gap_ms\":%.3f,\"tcp_replies\":%zu,"
 	       "\"tcp_gap_ms\":%.3f,\"tcp_wrong\":%lu,\"tcp_doubled\":%lu,"
 	       "\"tcp_connections\":%lu,\"tcp_losses\":%lu}\n",
 	       longest_gap_ms(arrivals, arrival_count, from, to), sent, lost,
-	       (last_lost - first_lost) / 1e6, (unsigned long)echoes_doubled,
+	       first_lost ? (first_lost - from) / 1e6 : 0.0, (last_lost - first_lost) / 1e6,
+	       (unsigned long)echoes_doubled,
 	       trip_count ? trips[trip_count / 2] : 0.0, slowest, send_gap, replies_seen,
 	       longest_gap_ms(replies, reply_count, from, to), (unsigned long)replies_wrong,
 	       (unsigned long)replies_doubled, (unsigned long)connections,

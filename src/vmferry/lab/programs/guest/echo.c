@@ -25,10 +25,13 @@ struct connection {
 static int listener(int kind, uint16_t port)
 {
 	struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(port)};
-	int on = 1, off = 0;
+	/* What waited for a guest that moved comes all at once: it must not be dropped here. */
+	int on = 1, off = 0, buffer = 8 << 20;
 	int sock = socket(AF_INET6, kind | SOCK_CLOEXEC, 0);
 
 	setsockopt(sock, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	if (kind == SOCK_DGRAM)
+		setsockopt(sock, SOL_SOCKET, SO_RCVBUFFORCE, &buffer, sizeof buffer);
 	setsockopt(sock, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
 	if (sock < 0 || bind(sock, (struct sockaddr *)&address, sizeof address) ||
 	    (kind == SOCK_STREAM && listen(sock, CONNECTIONS)))
