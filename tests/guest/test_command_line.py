@@ -102,6 +102,12 @@ def between(result: Rewritten) -> str:
             '-object \'{"qom-type":"memory-backend-file","id":"m","size":7,"share":true,'
             '"mem-path":"/dev/shm/vmferry-m1-m"}\'',
         ),
+        (
+            "-object qom-type=memory-backend-file,id=m,host-nodes=0,host-nodes=2,size=1G,"
+            "mem-path=/x",
+            "-object qom-type=memory-backend-file,id=m,host-nodes=0,host-nodes=2,size=1G,"
+            "mem-path=/dev/shm/vmferry-m1-m",
+        ),
         # Taps.
         (
             "-netdev tap,id=n,ifname=tap7,script=/etc/up,vhostfd=9",
@@ -124,6 +130,13 @@ def test_options(before: str, after: str | None) -> None:
         ("-snapshot", "-snapshot"),
         ("-add-fd fd=3,set=1", "-add-fd"),
         ("-netdev tap,id=n,fd=3", "tap of netdev n"),
+        ("-drive file=d.img,if=virtio,snapshot=on", "snapshot=on"),
+        ("-chardev socket,id=c,fd=5", "chardev c is a connection"),
+        (
+            "-object memory-backend-file,id=p,size=1G,mem-path=/pmem,share=on "
+            "-device nvdimm,memdev=p,id=nv",
+            "NVDIMM on /pmem",
+        ),
     ],
 )
 def test_what_cannot_be_started_elsewhere(words: str, why: str) -> None:

@@ -79,7 +79,7 @@ class Settings:
             key, equals, value = part.partition("=")
             if equals:
                 if key in pairs:
-                    earlier.append((key, pairs.pop(key)))
+                    earlier.append((key, pairs[key]))
                 pairs[key] = value
             elif key in ("nowait", "noserver", "nodelay"):
                 pairs[key.removeprefix("no")] = "off" if key != "nodelay" else "on"
@@ -108,7 +108,11 @@ class Settings:
             }
             first: dict[str, object] = {self.head_key: self.head} if self.head_key else {}
             return json.dumps(first | kept, separators=(",", ":"))
-        pairs = [f"{k}={_escaped(v)}" for k, v in (*self.earlier, *self.pairs.items())]
+        pairs = [
+            f"{key}={_escaped(value)}"
+            for key, last in self.pairs.items()
+            for value in (*(v for k, v in self.earlier if k == key), last)
+        ]
         return ",".join([_escaped(self.head), *pairs] if self.head else pairs)
 
     def first(self, key: str) -> str:
