@@ -81,10 +81,11 @@ impl<'a> Faults<'a> {
             // A broken stream does not end the local part: whoever gives pages back waits until
             // its message is read.
             if let Err(error) = self.step(&mut decoder) {
-                self.channel = None;
-                let again = matches!(error, StreamError::Refused(_));
+                // First the cause, then the close: it makes the other streams fail as well.
+                let local = matches!(error, StreamError::Refused(_));
                 self.inside.fail(error);
-                if again {
+                self.channel = None;
+                if local {
                     return;
                 }
             }
@@ -212,18 +213,29 @@ impl<'a> Faults<'a> {
         let Some(mut channel) = self.channel.take() else {
             return Ok(());
         };
+        let result = self.take_frames_of(&mut channel, decoder);
+        if result != Ok(true) {
+            self.channel = Some(channel);
+        }
+        result.map(drop)
+    }
+
+    /// True at the stream's end.
+    fn take_frames_of(
+        &mut self,
+        channel: &mut Channel,
+        decoder: &mut Decoder,
+    ) -> Result<bool, StreamError> {
         channel.fill()?;
         while let Some(frame) = channel.next_frame()? {
-            let end = frame.header.kind == Kind::End;
-            self.take_frame(&mut channel, &frame, decoder)?;
-            if end {
+            self.take_frame(channel, &frame, decoder)?;
+            if frame.header.kind == Kind::End {
                 channel.flush()?;
                 self.inside.ended();
-                return Ok(());
+                return Ok(true);
             }
         }
-        self.channel = Some(channel);
-        Ok(())
+        Ok(false)
     }
 
     fn take_frame(

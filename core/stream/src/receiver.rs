@@ -147,7 +147,7 @@ fn pages(frame: &Frame) -> Vec<PageId> {
 }
 
 /// Installs what arrives on one bulk stream, until its end.
-fn receive(inside: &Inside, mut channel: Channel) -> Result<(), StreamError> {
+fn receive(inside: &Inside, channel: &mut Channel) -> Result<(), StreamError> {
     let mut decoder = Decoder::new()?;
     loop {
         let frame = channel.read(Patience::Endless)?;
@@ -229,12 +229,14 @@ impl Receiver {
             threads: Vec::new(),
             streams: bulk.len() + 1,
         };
-        for channel in bulk {
+        for mut channel in bulk {
             let inside = inside.clone();
-            receiver.spawn("ferry-install", move || match receive(&inside, channel) {
+            // The channel closes after the failure is noted: it is the cause of the others.
+            let work = move || match receive(&inside, &mut channel) {
                 Ok(()) => inside.ended(),
                 Err(error) => inside.fail(error),
-            })?;
+            };
+            receiver.spawn("ferry-install", work)?;
         }
         receiver.spawn("ferry-faults", move || Faults::new(&inside, urgent).run())?;
         Ok(receiver)

@@ -25,6 +25,19 @@ const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(4), Duration::
 #[derive(Debug, Clone)]
 pub struct Socket(Arc<TcpStream>);
 
+fn silent() -> StreamError {
+    let seconds = SILENCE.as_secs();
+    StreamError::closed(format!("the peer has been silent for {seconds} s"))
+}
+
+fn broken(doing: &str, errno: Errno) -> StreamError {
+    match errno {
+        // TCP_USER_TIMEOUT or the keepalive probes.
+        Errno::TIMEDOUT => silent(),
+        _ => StreamError::closed(format!("{doing}: {errno}")),
+    }
+}
+
 fn refused(what: &str) -> impl Fn(Errno) -> StreamError {
     move |errno| StreamError::Refused(format!("a page stream's socket: {what}: {errno}"))
 }
@@ -114,10 +127,7 @@ impl Socket {
                 if now != queued {
                     (moved, queued) = (Instant::now(), now);
                 } else if moved.elapsed() >= SILENCE {
-                    return Err(StreamError::closed(format!(
-                        "the peer has been silent for {} s",
-                        SILENCE.as_secs()
-                    )));
+                    return Err(silent());
                 }
             }
         }
@@ -132,7 +142,7 @@ impl Socket {
         match rustix::net::send(self.0.as_fd(), data, flags) {
             Ok(sent) => Ok(sent),
             Err(Errno::AGAIN | Errno::INTR) => Ok(0),
-            Err(errno) => Err(StreamError::closed(format!("sending to the peer: {errno}"))),
+            Err(errno) => Err(broken("sending to the peer", errno)),
         }
     }
 
@@ -145,9 +155,7 @@ impl Socket {
             Ok((0, _)) => Err(StreamError::closed("the peer closed the stream")),
             Ok((got, _)) => Ok(Some(got)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            Err(errno) => Err(StreamError::closed(format!(
-                "receiving from the peer: {errno}"
-            ))),
+            Err(errno) => Err(broken("receiving from the peer", errno)),
         }
     }
 }
