@@ -13,6 +13,7 @@ from vmferry import _core
 from vmferry.engine.fence import kill_process
 from vmferry.guest.launch import launch
 from vmferry.guest.process import GuestProcess
+from vmferry.guest.qemu import Qemu
 from vmferry.lab import qemus
 
 BOOT_LIMIT_S = 60.0
@@ -25,6 +26,14 @@ _PROGRAM = bytes.fromhex(
     "66ff060090"  # inc dword [COUNTER]
     "ebf9"  # jmp to the inc
 )
+
+READS_DISK = bytes.fromhex(
+    "31c0 8ed8 8ed0 bc007c"  # ds = ss = 0, sp = 0x7c00
+    "66ff060090"  # inc dword [COUNTER]
+    "be307c b442 b281 cd13"  # reads by BIOS from disk 0x81, as the packet at 0x7c30 says
+    "ebf0"  # jmp to the inc
+).ljust(0x30, b"\0") + bytes.fromhex("1000 0100 0080 0000").ljust(16, b"\0")
+"""Reads the first sector of the second disk for ever, one request at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,10 @@ class Bench:
         """Of the guest under test: no two runs of the tests at once share it."""
         return f"subject-{self.folder.name}"
 
-    def disk(self, name: str = "boot.qcow2") -> Path:
-        """An image whose boot sector counts for ever."""
-        raw, image = self.folder / "boot.raw", self.folder / name
-        sector = _PROGRAM.ljust(510, b"\0") + b"\x55\xaa"
+    def disk(self, program: bytes = _PROGRAM) -> Path:
+        """An image whose boot sector counts for ever, or does something else."""
+        raw, image = self.folder / "boot.raw", self.folder / "boot.qcow2"
+        sector = program.ljust(510, b"\0") + b"\x55\xaa"
         raw.write_bytes(sector.ljust(1 << 20, b"\0"))
         subprocess.run(
             ["qemu-img", "convert", "-q", "-O", "qcow2", raw, image], check=True, timeout=60
@@ -92,6 +101,11 @@ class Bench:
             yield process
         finally:
             await kill_process(process.pid, process.start_time)
+
+
+async def memory_of(guest: Qemu, process: GuestProcess) -> _core.Memory:
+    """The RAM of a guest."""
+    return _core.Memory(process.pid, [ram.block for ram in await guest.ram()])
 
 
 def counted(memory: _core.Memory) -> int:

@@ -7,19 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from vmferry import _core
 from vmferry.errors import GuestError
 from vmferry.guest.commandline import Places, rewrite
 from vmferry.guest.process import GuestProcess, find
 from vmferry.guest.qemu import DRAIN_NODE, Qemu
 
-from .bench import Bench, copy, counted, counts_beyond, has_ended
+from .bench import Bench, copy, counted, counts_beyond, has_ended, memory_of
 
 pytestmark = pytest.mark.parametrize("machine", ["pc", "q35"])
-
-
-async def memory_of(guest: Qemu, process: GuestProcess) -> _core.Memory:
-    return _core.Memory(process.pid, [ram.block for ram in await guest.ram()])
 
 
 def test_it_goes_on_at_the_destination_where_it_was_stopped(bench: Bench, machine: str) -> None:

@@ -10,7 +10,13 @@ import pytest
 from vmferry._core import Memory
 from vmferry.errors import Refused
 from vmferry.guest.qemu import Qemu
-from vmferry.guest.ramblocks import Mapping, RamBlock, parse_ram_blocks, place
+from vmferry.guest.ramblocks import (
+    Mapping,
+    RamBlock,
+    check_main_memory,
+    parse_ram_blocks,
+    place,
+)
 
 from .firmware_guests import Guests
 
@@ -166,6 +172,22 @@ def test_a_block_without_an_address_is_refused(
         qemu = await Qemu.attach(guest)
         with pytest.raises(Refused, match=r"RAM block .* was not found"):
             await qemu.ram()
+        await qemu.close()
+
+    asyncio.run(scenario())
+
+
+def test_main_memory_is_where_qemu_says(guests: Guests) -> None:
+    guest = guests.start("-S")
+
+    async def scenario() -> None:
+        qemu = await Qemu.attach(guest)
+        said = await qemu.monitor.hmp("gpa2hva 0")
+        found = {ram.block.name: ram.block.address for ram in await qemu.ram()}
+        check_main_memory(said, found, "g")
+        found["pc.ram"] += 2 * MIB
+        with pytest.raises(Refused, match=r"RAM block pc\.ram of guest g was looked for"):
+            check_main_memory(said, found, "g")
         await qemu.close()
 
     asyncio.run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping as Table
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ _ROW = re.compile(
     r"\s*(?P<name>\S.*?)\s+(?P<size>\d+) (?P<unit>[KMGT]?i?B)\s+(?P<offset>0x[0-9a-f]+)"
     r"\s+(?P<used>0x[0-9a-f]+)\s+(?P<total>0x[0-9a-f]+)(?:\s+(?P<hva>0x[0-9a-f]+))?"
 )
+_MAIN = re.compile(r"for 0x0 \((?P<name>[^)]+)\) is (?P<hva>0x[0-9a-f]+)")
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -64,6 +66,7 @@ async def read_ram_blocks(monitor: Monitor, pid: int) -> list[RamBlock]:
     mappings = _read_mappings(pid, with_flags=not by_address)
     if not by_address:
         addresses = place(rows, mappings)
+        check_main_memory(await monitor.hmp("gpa2hva 0"), addresses, monitor.guest)
     found: list[RamBlock] = []
     for row in rows:
         address = addresses.get(row.name)
@@ -119,6 +122,19 @@ def place(rows: Sequence[_Row], mappings: Sequence[Mapping]) -> dict[str, int]:
             addresses[row.name] = places[row.length].pop()
             blocks[row.length] -= 1
     return addresses
+
+
+def check_main_memory(said: str, addresses: Table[str, int], guest: str) -> None:
+    """Refused when QEMU says by `gpa2hva 0` that main memory lies elsewhere than worked out."""
+    match = _MAIN.search(said)
+    if match is None:
+        return
+    name, address = match["name"].removeprefix("/objects/"), int(match["hva"], 16)
+    if addresses.get(name, address) != address:
+        raise Refused(
+            f"RAM block {name} of guest {guest} was looked for at {addresses[name]:#x} in its "
+            f"process, but its QEMU says {address:#x}: an unknown layout, so it is left alone"
+        )
 
 
 def _read_mappings(pid: int, *, with_flags: bool) -> list[Mapping]:
