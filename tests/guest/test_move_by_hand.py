@@ -77,6 +77,35 @@ def test_after_a_save_that_came_to_nothing_the_source_goes_on(bench: Bench, mach
     asyncio.run(run())
 
 
+def test_a_loaded_destination_has_no_hold_on_the_disks(bench: Bench, machine: str) -> None:
+    """Up to the commit the source may go on, whatever the destination has loaded."""
+
+    async def run() -> None:
+        async with bench.started(bench.furnished(machine, bench.disk())) as process:
+            source = await Qemu.attach(process)
+            ours = await memory_of(source, process)
+            await counts_beyond(ours, 0)
+            there = bench.folder / "there"
+            there.mkdir()
+            rewritten = rewrite(process.argv, Places(there, machine=source.machine))
+            async with bench.started(rewritten.argv, log="there/log") as second:
+                target = await Qemu.attach(second)
+                await source.stop()
+                state = await source.save_device_state()
+                copy(ours, await memory_of(target, second))
+                await target.load_device_state(state, 30)
+                count = counted(ours)
+                await source.cont()
+                await counts_beyond(ours, count)
+                with pytest.raises(GuestError, match="lock"):
+                    await target.cont()
+                assert not await target.running()
+                await target.close()
+            await source.close()
+
+    asyncio.run(run())
+
+
 def test_a_paused_guest_stays_paused(bench: Bench, machine: str) -> None:
     async def run() -> None:
         async with bench.started(bench.furnished(machine, bench.disk())) as process:
