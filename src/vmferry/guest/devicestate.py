@@ -16,7 +16,10 @@ from vmferry.errors import GuestError
 from vmferry.guest.monitor import CommandFailed, Monitor
 
 SAVE_LIMIT_S = 30.0
-POLL_S = 0.0005
+ASK_WHY_EVERY = 8
+"""Of so many questions whether it is loaded one is also whether it has failed."""
+PAUSE_S = 0.001
+"""After each of those, so that a long load does not cost a core."""
 _HEADER = b"QEVM" + struct.pack(">I", 3)
 _CONFIGURATION = b"\x07"
 _DESCRIPTION = b"\x06" + struct.pack(">I", 2) + b"{}"
@@ -108,16 +111,21 @@ async def _begin(monitor: Monitor, timeout_s: float) -> None:
 
 
 async def _wait_loaded(monitor: Monitor, timeout_s: float) -> None:
-    """There is no event for it without the `events` capability of both sides, so it asks.
+    """Asks until it is: the event for it would need a capability to be set within the downtime.
 
     With pages missing the main loop itself may wait for one, and so may an answer.
     """
     until = time.monotonic() + timeout_s
+    asked = 0
     while (left := until - time.monotonic()) > 0:
         try:
             status = await monitor.execute("query-status", timeout_s=left)
             if isinstance(status, dict) and status.get("status") != "inmigrate":
                 return
+            asked += 1
+            if asked % ASK_WHY_EVERY:
+                # The guest stands still meanwhile: only a failed load can wait to be noticed.
+                continue
             load = await monitor.execute("query-migrate", timeout_s=left)
         except CommandFailed:
             raise
@@ -127,7 +135,7 @@ async def _wait_loaded(monitor: Monitor, timeout_s: float) -> None:
             ) from error
         if isinstance(load, dict) and load.get("status") == "failed":
             raise GuestError(_failure(monitor.guest, str(load.get("error-desc", "no reason"))))
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(PAUSE_S)
     raise GuestError(f"guest {monitor.guest} did not load its device state in {timeout_s:g} s")
 
 
