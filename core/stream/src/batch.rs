@@ -146,8 +146,16 @@ impl Bulk {
         let kept = self.batch.kept();
         shared.counters.add_zero_pages(pages.len() - kept);
         shared.counters.done(pages.len());
+        if at_once {
+            // Somebody may be waiting for one of them.
+            self.send_zeros(shared)?;
+        }
         if kept == 0 {
-            return Ok(());
+            return if at_once {
+                self.channel.flush().map(drop)
+            } else {
+                Ok(())
+            };
         }
         let tried = self.choice.next();
         let head = Head {

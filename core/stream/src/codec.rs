@@ -114,9 +114,7 @@ pub struct Sample {
 /// Chooses the encoding of a stream's next batch by what its last ones took.
 ///
 /// A batch is expected to take as long as the slower of the two that work side by side: the thread
-/// (base work and encoder), or the link (encoded bytes at its measured rate). The encoder's time is
-/// counted once more on top, since the guest has a use for that processor as well: with the
-/// starting values that makes raw win above some 5 Gbit/s, LZ4 about 1 Gbit/s, zstd below.
+/// (base work and encoder), or the link (encoded bytes at its measured rate).
 #[derive(Debug)]
 pub struct Choice {
     /// Decayed sums over the last batches: bytes before encoding, bytes on the wire, seconds.
@@ -243,7 +241,7 @@ impl Choice {
         let link = self.link();
         let work = (self.total - self.blocked - self.encoding).max(0.0);
         let base = work / self.raw.max(1.0) * 1e9;
-        let time = |ratio: f64, cost: f64| (base + cost).max(ratio * link) + cost;
+        let time = |ratio: f64, cost: f64| (base + cost).max(ratio * link);
         let of = |encoding: Encoding| match encoding {
             Encoding::Raw => time(1.0, 0.0),
             Encoding::Lz4 => time(self.lz4.ratio, self.lz4.cost),

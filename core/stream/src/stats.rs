@@ -35,7 +35,7 @@ pub struct Waiting {
     pages: HashMap<PageId, Vec<Instant>>,
     since: Option<Instant>,
     stalled: Duration,
-    longest: Duration,
+    longest_us: f32,
     latencies_us: Vec<f32>,
     counts: FaultStats,
 }
@@ -86,9 +86,10 @@ impl Waiting {
             if by == By::Zero {
                 continue;
             }
-            self.longest = self.longest.max(took);
+            let took_us = took.as_secs_f32() * 1e6;
+            self.longest_us = self.longest_us.max(took_us);
             if self.latencies_us.len() < LISTED {
-                self.latencies_us.push(took.as_secs_f32() * 1e6);
+                self.latencies_us.push(took_us);
             }
         }
         if self.pages.is_empty()
@@ -115,7 +116,7 @@ impl Waiting {
         FaultStats {
             latency_us_p50: at(0.5),
             latency_us_p99: at(0.99),
-            latency_us_max: self.longest.as_secs_f64() * 1e6,
+            latency_us_max: f64::from(self.longest_us),
             stall_ms: (self.stalled + now).as_secs_f64() * 1e3,
             ..self.counts
         }
