@@ -270,3 +270,114 @@ impl Choice {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(pages: usize) -> Vec<u8> {
+        b"struct page *of(unsigned long n); "
+            .iter()
+            .copied()
+            .cycle()
+            .take(pages * PAGE)
+            .collect()
+    }
+
+    /// Does not compress; xorshift.
+    fn noise(pages: usize) -> Vec<u8> {
+        let mut state = 88_172_645_463_325_252_u64;
+        (0..pages * PAGE)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state as u8
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_batch_comes_back() {
+        let (mut encoder, mut decoder) = (Encoder::new().unwrap(), Decoder::new().unwrap());
+        for pages in [1, 3, MAX_PAGES] {
+            let data = text(pages);
+            for encoding in [Encoding::Lz4, Encoding::Zstd] {
+                let encoded = encoder.encode(encoding, &data).unwrap().to_vec();
+                assert!(encoded.len() < data.len() / 2);
+                assert_eq!(decoder.decode(encoding, &encoded, pages).unwrap(), data);
+            }
+            let noise = noise(pages);
+            assert_eq!(encoder.encode(Encoding::Lz4, &noise), None);
+            assert_eq!(encoder.encode(Encoding::Zstd, &noise), None);
+            assert_eq!(decoder.decode(Encoding::Raw, &noise, pages).unwrap(), noise);
+        }
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        let (mut encoder, mut decoder) = (Encoder::new().unwrap(), Decoder::new().unwrap());
+        let data = text(4);
+        for encoding in [Encoding::Lz4, Encoding::Zstd] {
+            let good = encoder.encode(encoding, &data).unwrap().to_vec();
+            for pages in [1, 3, 5, MAX_PAGES] {
+                assert!(decoder.decode(encoding, &good, pages).is_err());
+            }
+            assert!(decoder.decode(encoding, &good, MAX_PAGES + 1).is_err());
+            for seed in 0..2000 {
+                let mut bad = good.clone();
+                let at = seed * 7919 % bad.len();
+                bad[at] ^= 1 << (seed % 8);
+                bad.truncate(bad.len() - seed % 3);
+                // Some changes still decode to the full length: the checksum is there for those.
+                let _ = decoder.decode(encoding, &bad, 4);
+                let _ = decoder.decode(encoding, &noise(1)[at % 1000..], 4);
+            }
+        }
+        assert!(decoder.decode(Encoding::Raw, &data[1..], 4).is_err());
+    }
+
+    /// A thread and a link, as `Choice` sees them: 0.6 ns a byte of base work, encoders at the
+    /// speeds of `docs`, and a link at `ns` a byte that takes what the thread has not.
+    fn settled(ns: f64, ratios: [f64; 3]) -> Encoding {
+        let mut choice = Choice::default();
+        let raw = MAX_PAGES * PAGE;
+        let mut used = [0; 3];
+        for batch in 0..400 {
+            let tried = choice.next();
+            let ratio = ratios[tried as usize];
+            let kept = if ratio < WORTH { ratio } else { 1.0 };
+            let cost = [0.0, 2.0, 3.5][tried as usize] * raw as f64;
+            let work = 0.6 * raw as f64 + cost;
+            let wire = kept * raw as f64;
+            let blocked = (wire * ns - work).max(0.0);
+            choice.learn(&Sample {
+                tried,
+                raw,
+                encoded: wire as usize,
+                encoding: Duration::from_nanos(cost as u64),
+                blocked: Duration::from_nanos(blocked as u64),
+                total: Duration::from_nanos((work + blocked) as u64),
+            });
+            if batch >= 200 {
+                used[tried as usize] += 1;
+            }
+        }
+        let most = (0..3).max_by_key(|at| used[*at]).unwrap();
+        assert!(used[most] > 180, "it settles: {used:?} at {ns} ns a byte");
+        [Encoding::Raw, Encoding::Lz4, Encoding::Zstd][most]
+    }
+
+    #[test]
+    fn the_choice_follows_the_link() {
+        let source_code = [1.0, 0.35, 0.2];
+        assert_eq!(settled(0.3, source_code), Encoding::Raw); // faster than a core copies
+        assert_eq!(settled(1.0, source_code), Encoding::Raw); // 8 Gbit/s
+        assert_eq!(settled(8.4, source_code), Encoding::Lz4); // 1 Gbit/s
+        assert_eq!(settled(84.0, source_code), Encoding::Zstd); // 100 Mbit/s
+        for ns in [0.3, 8.4, 84.0] {
+            let incompressible = settled(ns, [1.0; 3]);
+            assert_eq!(incompressible, Encoding::Raw, "at {ns} ns a byte");
+        }
+    }
+}

@@ -62,3 +62,51 @@ impl Order {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_pages::PageSet;
+
+    use super::*;
+
+    fn id(block: u16, page: u32) -> PageId {
+        PageId { block, page }
+    }
+
+    #[test]
+    fn every_page_once_from_the_pivot_on() {
+        let mut set = PageSet::new(&[100, 70]);
+        set.insert_range(0, 10, 30);
+        set.insert_range(1, 0, 70);
+        let unsent = AtomicPages::from_set(&set);
+        let mut order = Order::default();
+        let mut batch = Vec::new();
+        order.next(&unsent, 16, &mut batch);
+        assert_eq!(batch, (10..26).map(|page| id(0, page)).collect::<Vec<_>>());
+        order.fault(id(1, 64));
+        order.next(&unsent, 16, &mut batch);
+        assert_eq!(batch, (65..70).map(|page| id(1, page)).collect::<Vec<_>>());
+        // It wraps around, and a batch stays in its block.
+        order.next(&unsent, 16, &mut batch);
+        assert_eq!(batch, (26..30).map(|page| id(0, page)).collect::<Vec<_>>());
+        let mut count = 0;
+        loop {
+            order.next(&unsent, 16, &mut batch);
+            count += batch.len();
+            if batch.is_empty() {
+                break;
+            }
+        }
+        assert_eq!((count, unsent.len()), (65, 0));
+    }
+
+    #[test]
+    fn a_fault_on_the_last_page_there_can_be() {
+        let mut order = Order::default();
+        order.fault(id(u16::MAX, u32::MAX));
+        let unsent = AtomicPages::from_set(&PageSet::full(&[3]));
+        let mut batch = Vec::new();
+        order.next(&unsent, 16, &mut batch);
+        assert_eq!(batch.len(), 3);
+    }
+}

@@ -80,3 +80,34 @@ impl Bucket {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_let_through_never_exceeds_the_rate_and_the_burst() {
+        let rate = Rate::default();
+        rate.set(10_000_000);
+        let start = Instant::now();
+        let mut bytes = 0.0;
+        while start.elapsed() < Duration::from_millis(100) {
+            rate.wait(50_000);
+            bytes += 50_000.0;
+            let allowed = (start.elapsed() + BURST).as_secs_f64() * 1e7;
+            assert!(bytes <= allowed + 50_000.0, "{bytes} of {allowed}");
+        }
+    }
+
+    #[test]
+    fn opening_lets_everybody_go() {
+        let rate = Rate::default();
+        rate.set(1);
+        rate.book(1_000_000);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| rate.wait(1));
+            rate.open();
+            waiter.join().unwrap();
+        });
+    }
+}

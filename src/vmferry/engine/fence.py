@@ -1,7 +1,7 @@
 """The fence: after it the source's guest can never run again, and its memory is still there.
 
 The keeper is a child that shares the QEMU's memory and runs nothing (shared recovery notes;
-docs/failure-contract.md). With it made, the QEMU is killed and proven gone by its pidfd; every page
+docs/failure-contract.md). With it made, the QEMU is killed, and proven unable to run ever again; every page
 stays readable and scannable through the keeper's pid until the keeper is let go.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from vmferry import _core
@@ -19,6 +20,9 @@ from vmferry.guest.process import GuestProcess
 
 PROOF_LIMIT_S = 10.0
 """A killed QEMU is gone in under a millisecond; only one stuck in the kernel takes longer."""
+PROOF_POLL_S = 0.0001
+_PF_EXITING = 0x4
+"""Flag of field 9 of /proc/PID/task/TID/stat, set by do_exit() before anything else."""
 
 
 class Fence:
@@ -41,14 +45,54 @@ class Fence:
         return cls(process, keeper)
 
     async def kill(self) -> None:
-        """Kills the guest's process and returns when the kernel says that it is gone."""
-        await kill_process(self._process.pid, self._process.start_time)
+        """Kills the guest's process and returns when it can never run again: every thread of it
+        is exiting or gone.
+
+        Such a thread never returns to user mode or to KVM_RUN. What is left to it is closing
+        files, and closing a tap alone waits some 20 ms for the kernel's network code.
+        """
+        await asyncio.to_thread(_kill_threads, self._process.pid, self._process.start_time)
 
     async def release(self) -> None:
         """Frees the memory: the keeper ends."""
         await asyncio.to_thread(
             end_keeper, self._process.pid, self._process.start_time, self.keeper
         )
+
+
+def _kill_threads(pid: int, start_time: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not _is_same(pid, start_time):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        end = time.monotonic() + PROOF_LIMIT_S
+        while not all(_exiting(task) for task in _tasks(pid)):
+            if time.monotonic() > end:
+                raise GuestError(f"pid {pid} was killed and is still not gone")
+            time.sleep(PROOF_POLL_S)
+    finally:
+        os.close(pidfd)
+
+
+def _tasks(pid: int) -> list[Path]:
+    try:
+        return list(Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _exiting(task: Path) -> bool:
+    try:
+        stat = (task / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    state, *fields = stat.rpartition(")")[2].split()
+    return state in "ZX" or bool(int(fields[5]) & _PF_EXITING)
 
 
 def end_keeper(pid: int, start_time: int, keeper: int) -> None:

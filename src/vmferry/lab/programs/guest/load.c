@@ -15,7 +15,7 @@
 #define SLICE_NS 10000000LL
 /* After a pause the load does not catch up more than this: it would only burst. */
 #define CATCH_UP_NS 50000000LL
-#define PHRASES 4096
+#define PHRASES 512
 #define PHRASE 16
 
 enum mode { TEXT, INCOMPRESSIBLE, ZEROS };
@@ -47,7 +47,8 @@ static uint64_t checksum(const struct page *page)
 	return a ^ (b * 0x9E3779B97F4A7C15);
 }
 
-/* Phrases of two or three words made of syllables, about as compressible as prose. */
+/* Phrases of two or three words made of syllables; as compressible as source code: in batches of
+ * 64 pages LZ4 makes a third of it, zstd a sixth. */
 static void make_phrases(void)
 {
 	static const char *syllables[] = {"ra",	 "ti", "on ", "the ", "mo", "ve",  "s ",  "ing ",
