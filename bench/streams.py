@@ -17,9 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "core"))
 
-from streams import Child, Way, pages_of  # noqa: E402
-
-from vmferry import _core as core  # noqa: E402
+from streams import Child, Way, pages_of
+from vmferry import _core as core
 
 
 def seconds(work: Callable[[], object], runs: int) -> list[float]:
