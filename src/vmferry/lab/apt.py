@@ -64,18 +64,18 @@ class Apt:
         return [line.split()[-1] for line in lines if line.startswith("Depends:")]
 
     def unpack(self, packages: Sequence[str], into: Path, release: str = "") -> None:
-        """Downloads packages (of `release`, or the newest) and unpacks them as `into`, which comes
+        """Downloads packages (of `release` if it has them) and unpacks them as `into`, which comes
         into being whole or not at all."""
         self.update()
         into.parent.mkdir(parents=True, exist_ok=True)
-        suffix = f"/{release}" if release else ""
+        wanted = [self._of_release(name, release) for name in packages] if release else packages
         with tempfile.TemporaryDirectory(dir=into.parent, prefix=".unpack-") as work:
             archives, tree = Path(work, "archives"), Path(work, "tree")
             archives.mkdir()
             tree.mkdir()
             names = ", ".join(packages)
             _run(
-                ["apt-get", *self._options, "-q", "download", *(p + suffix for p in packages)],
+                ["apt-get", *self._options, "-q", "download", *wanted],
                 f"Packages could not be downloaded ({names})",
                 cwd=archives,
             )
@@ -83,6 +83,17 @@ class Apt:
                 _run(["dpkg-deb", "-x", str(archive), str(tree)], f"{archive.name} is broken")
             shutil.rmtree(into, ignore_errors=True)
             tree.rename(into)
+
+    def _of_release(self, package: str, release: str) -> str:
+        """NAME/RELEASE, or NAME where the release has none: backports lack what needs no change.
+
+        `-t RELEASE` would not do: it never goes below a version that is installed.
+        """
+        out = _run(
+            ["apt-cache", *self._options, "madison", package], f"Package {package} was not found"
+        )
+        has = any(f" {release}/main " in line for line in out.splitlines())
+        return f"{package}/{release}" if has else package
 
     def install(self, packages: Sequence[str]) -> None:
         """Installs packages on the system: from the release, and where what is installed already
