@@ -168,6 +168,7 @@ async def _look(
     )
     try:
         await asyncio.to_thread(_empty, waiting)
+        await guest.prepare_load()
         if offer.demand_paging:
             ours, there = await asyncio.to_thread(_inject, process.pid, device)
             waiting.userfaultfd, waiting.userfaultfd_there = ours, there

@@ -1,8 +1,8 @@
 """The fence: after it the source's guest can never run again, and its memory is still there.
 
-The keeper is a child that shares the QEMU's memory and runs nothing (shared recovery notes;
-docs/failure-contract.md). With it made, the QEMU is killed, and proven unable to run ever again; every page
-stays readable and scannable through the keeper's pid until the keeper is let go.
+The keeper is a child that shares the QEMU's memory and runs nothing (docs/failure-contract.md).
+With it made, the QEMU is killed, and proven unable to run ever again; every page stays readable
+and scannable through the keeper's pid until the keeper is let go.
 """
 
 from __future__ import annotations

@@ -196,6 +196,7 @@ class SourceMove:
             await asyncio.gather(strategy, broken, return_exceptions=True)
 
     async def _before_stop(self) -> None:
+        await _held(self._guest).prepare_save()
         # The keeper runs nothing, so it may be there before the stop: it costs no downtime then.
         self._fence = fence = await Fence.prepare(self.order.guest)
         self._will(resume=self._was_running, keeper=fence.keeper)
@@ -208,14 +209,14 @@ class SourceMove:
     async def _hand_over(self) -> None:
         session, line, guest = _held(self._session), _held(self._line), _held(self._guest)
         clock, fence = session.clock, _held(self._fence)
+        if session.owed:
+            await asyncio.to_thread(_held(self._sender).serve, session.owed)
+            await self.timeline.reach(Step.PAGING_ARMED, f"{len(session.owed)} pages missing")
         state = await _held(session.saving)
         self._state_bytes = len(state)
         await self.timeline.reach(Step.STATE_SAVED, f"{len(state)} bytes")
         if self.order.verify and not session.owed:
             await self._verify(session, _held(self._attachment).memory, m.DigestRequest())
-        if session.owed:
-            await asyncio.to_thread(_held(self._sender).serve, session.owed)
-            await self.timeline.reach(Step.PAGING_ARMED, f"{len(session.owed)} pages missing")
         began = time.monotonic()
         await line.say(m.DeviceState(data=state))
         await self.timeline.reach(Step.STATE_SENT)

@@ -28,36 +28,59 @@ _DESCRIPTOR_NAME = "vmferry-state"
 _ROM_NOT_THERE = "kvm-tpr-opt"
 
 
-async def save(monitor: Monitor) -> bytes:
-    """The device state of a stopped guest.
+class SaveSlot:
+    """A file that the guest holds and saves into. Offered before the stop, it leaves one command
+    for the downtime."""
 
-    It also gives up the locks on the disks' images, until the guest is continued. A guest with a
-    device that cannot be migrated dies of it: ask for blockers before.
-    """
-    memory = os.memfd_create("vmferry-state")
-    try:
-        # QEMU compares the modes: a descriptor in a set must be open for writing only.
-        writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
+    def __init__(self, monitor: Monitor, memory: int, fdset: object) -> None:
+        self._monitor = monitor
+        self._memory = memory
+        self._fdset = fdset
+
+    @classmethod
+    async def offer(cls, monitor: Monitor) -> SaveSlot:
+        """GuestError when the guest does not take it."""
+        memory = os.memfd_create("vmferry-state")
         try:
-            added = await monitor.execute("add-fd", descriptor=writable)
-        finally:
-            os.close(writable)
-        if not isinstance(added, dict):
-            raise GuestError(f"guest {monitor.guest} did not take a descriptor")
-        number = added["fdset-id"]
-        try:
-            await monitor.execute(
-                "xen-save-devices-state", {"filename": f"/dev/fdset/{number}"}, SAVE_LIMIT_S
+            # QEMU compares the modes: a descriptor in a set must be open for writing only.
+            writable = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
+            try:
+                added = await monitor.execute("add-fd", descriptor=writable)
+            finally:
+                os.close(writable)
+            if not isinstance(added, dict):
+                raise GuestError(f"guest {monitor.guest} did not take a descriptor")
+        except BaseException:
+            os.close(memory)
+            raise
+        return cls(monitor, memory, added["fdset-id"])
+
+    async def save(self) -> bytes:
+        """The device state of the stopped guest; once a slot.
+
+        It also gives up the locks on the disks' images, until the guest is continued. A guest with
+        a device that cannot be migrated dies of it: ask for blockers before.
+        """
+        await self._monitor.execute(
+            "xen-save-devices-state", {"filename": f"/dev/fdset/{self._fdset}"}, SAVE_LIMIT_S
+        )
+        state = os.pread(self._memory, os.fstat(self._memory).st_size, 0)
+        if not state.startswith(_HEADER) or not state.endswith(_END_OF_FILE):
+            raise GuestError(
+                f"guest {self._monitor.guest} saved {len(state)} bytes that are no device state"
             )
-        finally:
-            with contextlib.suppress(GuestError):
-                await monitor.execute("remove-fd", {"fdset-id": number})
-        state = os.pread(memory, os.fstat(memory).st_size, 0)
-    finally:
-        os.close(memory)
-    if not state.startswith(_HEADER) or not state.endswith(_END_OF_FILE):
-        raise GuestError(f"guest {monitor.guest} saved {len(state)} bytes that are no device state")
-    return state
+        return state
+
+    async def withdraw(self) -> None:
+        """Takes it back from a guest that lives on. Never raises."""
+        with contextlib.suppress(GuestError):
+            await self._monitor.execute("remove-fd", {"fdset-id": self._fdset})
+
+    def close(self) -> None:
+        """Closes our end; twice is harmless."""
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
 
 def splice(state: bytes, machine: str) -> bytes:
@@ -68,29 +91,50 @@ def splice(state: bytes, machine: str) -> bytes:
     return _HEADER + configuration + state[len(_HEADER) :] + _DESCRIPTION
 
 
-async def load(monitor: Monitor, state: bytes, machine: str, timeout_s: float) -> None:
-    """Loads into a guest that waits under `-incoming defer -S`, and returns when it is loaded.
+class LoadSlot:
+    """A file that the waiting guest holds and will load from; filled when the state has come."""
 
-    Its RAM must be in place or be served: the load reads it. GuestError with QEMU's own reason.
-    """
-    with contextlib.suppress(CommandFailed):
-        # Otherwise the end of the load takes the disks' locks, before anyone has said `cont`.
-        await monitor.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": "late-block-activate", "state": True}]},
-        )
-    memory = os.memfd_create("vmferry-state")
-    try:
-        _write(memory, splice(state, machine))
-        readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
-    finally:
-        os.close(memory)
-    try:
-        await monitor.execute("getfd", {"fdname": _DESCRIPTOR_NAME}, descriptor=readable)
-    finally:
-        os.close(readable)
-    await _begin(monitor, timeout_s)
-    await _wait_loaded(monitor, timeout_s)
+    def __init__(self, monitor: Monitor, memory: int) -> None:
+        self._monitor = monitor
+        self._memory = memory
+
+    @classmethod
+    async def offer(cls, monitor: Monitor) -> LoadSlot:
+        """For a guest that waits under `-incoming defer -S`. GuestError."""
+        with contextlib.suppress(CommandFailed):
+            # Otherwise the end of the load takes the disks' locks, before anyone has said `cont`.
+            await monitor.execute(
+                "migrate-set-capabilities",
+                {"capabilities": [{"capability": "late-block-activate", "state": True}]},
+            )
+        memory = os.memfd_create("vmferry-state")
+        try:
+            readable = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
+            try:
+                await monitor.execute("getfd", {"fdname": _DESCRIPTOR_NAME}, descriptor=readable)
+            finally:
+                os.close(readable)
+        except BaseException:
+            os.close(memory)
+            raise
+        return cls(monitor, memory)
+
+    async def load(self, state: bytes, machine: str, timeout_s: float) -> None:
+        """Returns when it is loaded; once a slot, which is closed with it.
+
+        The guest's RAM must be in place or be served: the load reads it. GuestError with QEMU's own
+        reason.
+        """
+        _write(self._memory, splice(state, machine))
+        self.close()
+        await _begin(self._monitor, timeout_s)
+        await _wait_loaded(self._monitor, timeout_s)
+
+    def close(self) -> None:
+        """Closes our end; twice is harmless."""
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
 
 def _write(descriptor: int, data: bytes) -> None:

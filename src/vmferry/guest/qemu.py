@@ -46,6 +46,9 @@ class Qemu:
         self._draining = False
         self._ending = False
         self._blockers: list[str] | None = None
+        self._save_slot: devicestate.SaveSlot | None = None
+        self._used_slots: list[devicestate.SaveSlot] = []
+        self._load_slot: devicestate.LoadSlot | None = None
 
     @classmethod
     async def attach(cls, process: GuestProcess, qmp: str | None = None) -> Qemu:
@@ -170,20 +173,37 @@ class Qemu:
         """Runs the guest; when, in ns since the epoch. Takes the disks' locks back."""
         return await self.monitor.cont()
 
+    async def prepare_save(self) -> None:
+        """What `save_device_state` can have done before the stop. Refused: see there."""
+        if self._blockers is None:
+            await self.blockers()
+        if self._blockers:
+            raise Refused(f"guest {self.monitor.guest} cannot be saved: {self._blockers[0]}")
+        if self._save_slot is None:
+            self._save_slot = await devicestate.SaveSlot.offer(self.monitor)
+
     async def save_device_state(self) -> bytes:
         """The device state of the stopped guest; gives its disks' locks up until `cont`.
 
         Refused when something blocks the move: QEMU would die of saving it.
         """
-        if self._blockers is None:
-            await self.blockers()
-        if self._blockers:
-            raise Refused(f"guest {self.monitor.guest} cannot be saved: {self._blockers[0]}")
-        return await devicestate.save(self.monitor)
+        await self.prepare_save()
+        assert self._save_slot is not None
+        slot, self._save_slot = self._save_slot, None
+        self._used_slots.append(slot)
+        return await slot.save()
+
+    async def prepare_load(self) -> None:
+        """What `load_device_state` can have done before the state comes."""
+        if self._load_slot is None:
+            self._load_slot = await devicestate.LoadSlot.offer(self.monitor)
 
     async def load_device_state(self, data: bytes, timeout_s: float) -> None:
         """Loads what `save_device_state` gave; the guest is paused then."""
-        await devicestate.load(self.monitor, data, self.machine, timeout_s)
+        await self.prepare_load()
+        assert self._load_slot is not None
+        slot, self._load_slot = self._load_slot, None
+        await slot.load(data, self.machine, timeout_s)
 
     def expect_end(self) -> None:
         """The process is about to be killed by us: nothing is left to be undone in it."""
@@ -191,10 +211,18 @@ class Qemu:
 
     async def close(self) -> None:
         """Leaves the guest as it was and disconnects. Never raises, twice is harmless."""
+        slots = [*self._used_slots, *([self._save_slot] if self._save_slot else [])]
+        self._used_slots, self._save_slot = [], None
         if not self._ending:
+            for slot in slots:
+                await slot.withdraw()
             # Also the node that a dead daemon's move has left.
             with contextlib.suppress(GuestError):
                 await self.monitor.execute("blockdev-del", {"node-name": DRAIN_NODE})
+        for slot in slots:
+            slot.close()
+        if self._load_slot is not None:
+            self._load_slot.close()
         self._draining = False
         self._ending = True
         await self.monitor.disconnect()
