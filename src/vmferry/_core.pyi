@@ -125,7 +125,7 @@ class Tracker:
         """Takes over the descriptor, enables the features and registers every block."""
     def scan(self) -> PageSet:
         """Pages written since the last scan, armed again in the same step; the first scan
-        returns every populated page."""
+        returns every populated page that was ever written (not those that only show zeros)."""
     def close(self) -> None:
         """Unregisters every block and closes the descriptor; twice is harmless."""
 

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 
 use linux_raw_sys::general::{
-    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
-    page_region, pm_scan_arg,
+    PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
+    PM_SCAN_WP_MATCHING, page_region, pm_scan_arg,
 };
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
@@ -18,6 +18,8 @@ const PAGEMAP_SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);
 const REGIONS: usize = 512;
 
 pub(crate) const PRESENT: u64 = PAGE_IS_PRESENT as u64;
+/// Read and never written: mapped to the kernel's one page of zeros.
+pub(crate) const ZEROS: u64 = PAGE_IS_PFNZERO as u64;
 
 /// What to look for.
 #[derive(Debug, Clone, Copy)]
@@ -37,12 +39,13 @@ impl Query {
         returned: 0,
     };
     /// Pages that hold something and were written since they were armed; arms them. Pages never
-    /// touched stay as they are: no page table grows, and they can still become huge pages.
+    /// touched stay as they are: no page table grows, and they can still become huge pages. Says
+    /// which are the kernel's page of zeros.
     pub const ARM_WRITTEN_POPULATED: Self = Self {
         flags: ARM,
         mask: WRITTEN,
         any_of: POPULATED,
-        returned: 0,
+        returned: ZEROS,
     };
     /// Pages written since they were armed, those that reclaim took out of the page table and
     /// those never touched among them; arms them. Says which are in the page table.

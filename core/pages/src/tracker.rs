@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use crate::pagemap::{PRESENT, Pagemap, Query};
+use crate::pagemap::{PRESENT, Pagemap, Query, ZEROS};
 use crate::populated::{in_files, insert};
 use crate::process::{Mapping, mappings};
 use crate::{Block, Memory, Mode, PageSet, PagesError, Userfaultfd, features};
@@ -67,7 +67,8 @@ impl Tracker {
     }
 
     /// Pages written since the last scan, armed again in the same step; the first scan returns
-    /// every populated page. Pages given back since the last scan are not reported.
+    /// every populated page that was ever written. Pages given back since the last scan are not
+    /// reported.
     ///
     /// # Errors
     /// `Gone`, `Kernel`; `Argument` once it is closed.
@@ -118,13 +119,18 @@ impl Tracker {
 
     /// Also hugetlbfs, shared or not: it is never reclaimed, so its page table tells all.
     fn scan_private(&mut self, index: u16, block: &Block, files: &Files) -> Result<(), PagesError> {
+        let first = !self.armed[usize::from(index)];
         let found = &mut self.found;
         let query = Query::ARM_WRITTEN_POPULATED;
         self.pagemap
-            .scan(block.address, block.end(), query, |start, end, _| {
-                insert(found, index, block, start, end);
+            .scan(block.address, block.end(), query, |start, end, category| {
+                // A page of zeros that was never anything else is the same as none; later it may
+                // stand where something else was sent.
+                if !first || category & ZEROS == 0 {
+                    insert(found, index, block, start, end);
+                }
             })?;
-        if self.armed[usize::from(index)] || block.is_hugetlb() {
+        if !first || block.is_hugetlb() {
             return Ok(());
         }
         // A private mapping of a file shows the file's content where nothing was touched yet.

@@ -190,8 +190,9 @@ def _cards(offer: m.Offer) -> list[Card]:
 def _empty(waiting: Waiting) -> None:
     # What its firmware has put into RAM is not the guest's: a page that is a hole at the source
     # must read as zeros, and a page that is there would never fault.
-    for block in waiting.memory.blocks:
-        if not block.shared:
+    populated = waiting.memory.populated()
+    for index, block in enumerate(waiting.memory.blocks):
+        if populated.count(index) and not block.shared:
             _core.inject_discard(waiting.process.pid, block.address, block.length)
 
 

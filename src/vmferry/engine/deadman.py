@@ -20,23 +20,32 @@ from pathlib import Path
 
 import msgspec
 
-from vmferry.engine.fence import end_keeper, kill_process
-from vmferry.errors import FerryError, GuestError
-
-ATTEMPTS = 50
-"""A monitor is free again only when the dead daemon's socket has been closed; and a disk's lock
-only when the destination's QEMU has gone."""
+from vmferry.engine import doubt, verdict
+from vmferry.engine.doubt import Doubt
+from vmferry.engine.fence import end_keeper, has_ended, kill_process
+from vmferry.engine.giveback import leave_as_it_was
+from vmferry.engine.verdict import Owed
+from vmferry.guest.process import start_time_of
 
 
 class GiveBack(msgspec.Struct, frozen=True, tag="give-back"):
-    """Source, before the commit: if the guest's QEMU lives, leave it as it was; then let the
-    keeper go. If it does not live, the commit has happened: touch nothing."""
+    """Source, before the commit: if the guest's QEMU lives, leave it as it was, let the keeper go,
+    and owe the destination the word that it is not the guest's host.
 
+    If it does not live, the commit has happened: the keeper stays, and with `committing` the
+    destination is owed the commit.
+    """
+
+    move: str
+    peer: str
+    verdicts: str
     qmp: str
     pid: int
     start_time: int
     resume: bool
     keeper: int = 0
+    committing: bool = False
+    """The kill is about to begin, and no page is missing at the destination."""
 
 
 class Discard(msgspec.Struct, frozen=True, tag="discard"):
@@ -48,15 +57,15 @@ class Discard(msgspec.Struct, frozen=True, tag="discard"):
     directory: str
 
 
-class Run(msgspec.Struct, frozen=True, tag="run"):
-    """Destination, after the commit: the guest is ours, so it must run."""
+class Keep(msgspec.Struct, frozen=True, tag="keep"):
+    """Destination, from Loaded on: the next daemon answers for the guest; if the commit has been
+    heard, it is ours and is run now."""
 
-    qmp: str
-    pid: int
-    start_time: int
+    doubts: str
+    doubt: Doubt
 
 
-Action = GiveBack | Discard | Run
+Action = GiveBack | Discard | Keep
 
 
 class Will(msgspec.Struct, frozen=True):
@@ -135,40 +144,21 @@ async def _carry_out(action: Action) -> None:
         case Discard():
             await kill_process(action.pid, action.start_time)
             shutil.rmtree(action.directory, ignore_errors=True)
-        case Run():
-            await _until_done(action.qmp, action.pid, action.start_time, resume=True)
+        case Keep():
+            doubt.keep(Path(action.doubts), action.doubt)
+            if action.doubt.committed:
+                guest = action.doubt
+                await leave_as_it_was(guest.qmp, guest.pid, guest.start_time, resume=guest.resume)
 
 
 async def _give_back(will: GiveBack) -> None:
-    if await _until_done(will.qmp, will.pid, will.start_time, resume=will.resume) and will.keeper:
-        end_keeper(will.pid, will.start_time, will.keeper)
-
-
-async def _until_done(qmp: str, pid: int, start_time: int, *, resume: bool) -> bool:
-    """Leaves the guest as it was, running if `resume`; False if its process is gone."""
-    from vmferry.guest.process import read_process
-    from vmferry.guest.qemu import Qemu
-
-    for _ in range(ATTEMPTS):
-        try:
-            process = read_process(pid)
-            if process.start_time != start_time:
-                return False
-            guest = await Qemu.attach(process, qmp)
-        except GuestError:
-            await asyncio.sleep(0.1)
-            continue
-        except FerryError:
-            return False
-        try:
-            if resume and not await guest.running():
-                await guest.cont()
-            await guest.close()
-        except GuestError:
-            await asyncio.sleep(0.1)
-            continue
-        return True
-    return False
+    if await leave_as_it_was(will.qmp, will.pid, will.start_time, resume=will.resume):
+        if will.keeper:
+            end_keeper(will.pid, will.start_time, will.keeper)
+        verdict.owe(Path(will.verdicts), Owed(will.move, will.peer, committed=False))
+    elif will.committing and has_ended(will.pid, will.start_time):
+        owed = Owed(will.move, will.peer, True, will.keeper, start_time_of(will.keeper))
+        verdict.owe(Path(will.verdicts), owed)
 
 
 if __name__ == "__main__":

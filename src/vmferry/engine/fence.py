@@ -134,6 +134,15 @@ async def kill_process(pid: int, start_time: int) -> None:
         os.close(pidfd)
 
 
+def has_ended(pid: int, start_time: int) -> bool:
+    """Whether a process is gone, or dead and only not reaped yet by its parent."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return int(fields[19]) != start_time or fields[0] in "ZX"
+
+
 def _is_same(pid: int, start_time: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -143,8 +152,12 @@ def _is_same(pid: int, start_time: int) -> bool:
 
 
 def _leave_cgroup(keeper: int) -> None:
-    # A service manager that cleans up after a dead QEMU kills everything in its cgroup.
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    # A service manager that cleans up after a dead QEMU kills everything in its cgroup. A change
+    # of cgroup takes 15 ms of the kernel's patience, so it is made only where it changes anything.
+    ours = Path("/proc/self/cgroup").read_text()
+    if Path(f"/proc/{keeper}/cgroup").read_text() == ours:
+        return
+    for line in ours.splitlines():
         _, controllers, path = line.split(":", 2)
         root = Path("/sys/fs/cgroup") / controllers.removeprefix("name=")
         with contextlib.suppress(OSError):
