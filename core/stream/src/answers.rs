@@ -24,8 +24,9 @@ const NEIGHBOURS: usize = 15;
 const NEAR: u32 = 64;
 /// Bulk waits while a request is younger than this, since the next one is likely to follow.
 const QUIET: Duration = Duration::from_micros(500);
-/// But no longer than this, or a guest that faults all the time would never get rid of its source.
-const HOLD: Duration = Duration::from_millis(2);
+/// But no piece of it longer than this, or a guest that faults all the time would never get rid of
+/// its source.
+const HOLD: Duration = Duration::from_micros(700);
 const HOLD_STEP: Duration = Duration::from_micros(100);
 
 /// What the thread that answers and the threads that push share.
@@ -90,10 +91,11 @@ impl Post {
         self.tell(|state| state.end = true);
     }
 
-    /// Holds a bulk thread back while somebody waits for a page.
-    pub fn give_way(&self) {
+    /// Holds a bulk thread back while somebody waits for a page; returns how long.
+    pub fn give_way(&self) -> Duration {
         let start = Instant::now();
-        while start.elapsed() < HOLD {
+        loop {
+            let held = start.elapsed();
             let last = self.last.load(SeqCst);
             let quiet = last == 0
                 || self
@@ -101,8 +103,8 @@ impl Post {
                     .elapsed()
                     .saturating_sub(Duration::from_nanos(last))
                     > QUIET;
-            if quiet && !self.busy.load(SeqCst) {
-                return;
+            if held > HOLD || quiet && !self.busy.load(SeqCst) {
+                return held;
             }
             std::thread::sleep(HOLD_STEP);
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use ferry_pages::{Memory, PAGE_SIZE, PageId, is_zero};
 
 use crate::StreamError;
+use crate::answers::Post;
 use crate::channel::Channel;
 use crate::codec::{Choice, Encoder, Sample};
 use crate::frame::{self, Encoding, HEADER, Head, Kind, MAX_PAGES, MAX_RUNS, RUN, Run, push_run};
@@ -121,17 +122,17 @@ impl Bulk {
 
     /// Bounds what lies in the kernel between the two ends.
     pub fn limit_in_flight(&self, bytes: usize) {
-        // The kernel doubles the number, and its own bookkeeping takes about the other half.
-        self.channel.socket().limit_send_buffer(bytes);
+        // The kernel doubles the number for its own bookkeeping, which takes less than that.
+        self.channel.socket().limit_send_buffer(bytes * 3 / 5);
     }
 
-    /// Sends up to `MAX_PAGES` pages of one block; with `at_once` nothing is held back to make
-    /// larger writes.
+    /// Sends up to `MAX_PAGES` pages of one block. Beside a guest that waits for pages (`beside`)
+    /// nothing is held back to make larger writes, and each piece of a write gives way to it.
     pub fn send(
         &mut self,
         shared: &Shared,
         pages: &[PageId],
-        at_once: bool,
+        beside: Option<(&Post, usize)>,
     ) -> Result<(), StreamError> {
         let Some(first) = pages.first() else {
             return Ok(());
@@ -146,12 +147,12 @@ impl Bulk {
         let kept = self.batch.kept();
         shared.counters.add_zero_pages(pages.len() - kept);
         shared.counters.done(pages.len());
-        if at_once {
+        if beside.is_some() {
             // Somebody may be waiting for one of them.
             self.send_zeros(shared)?;
         }
         if kept == 0 {
-            return if at_once {
+            return if beside.is_some() {
                 self.channel.flush().map(drop)
             } else {
                 Ok(())
@@ -167,7 +168,12 @@ impl Bulk {
         let mut blocked = shared.rate.wait(length);
         self.channel.send_built(built)?;
         shared.counters.add_pages(kept, length, encoding);
-        if at_once || self.channel.queued() >= WRITE {
+        let mut gave_way = Duration::ZERO;
+        if let Some((post, piece)) = beside {
+            blocked += self
+                .channel
+                .flush_pieces(piece, || gave_way += post.give_way())?;
+        } else if self.channel.queued() >= WRITE {
             blocked += self.channel.flush()?;
         }
         self.choice.learn(&Sample {
@@ -180,7 +186,7 @@ impl Bulk {
             },
             encoding: encode_time,
             blocked,
-            total: start.elapsed(),
+            total: start.elapsed().saturating_sub(gave_way),
         });
         Ok(())
     }

@@ -168,6 +168,18 @@ impl Channel {
         self.tls.flush()
     }
 
+    /// The same in pieces of so many bytes, with a call of `gate` before each.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn flush_pieces(
+        &mut self,
+        piece: usize,
+        gate: impl FnMut(),
+    ) -> Result<Duration, StreamError> {
+        self.tls.flush_pieces(piece, gate)
+    }
+
     /// Sends what the kernel takes now; true when nothing is left.
     ///
     /// # Errors

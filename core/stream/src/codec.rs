@@ -173,7 +173,9 @@ impl Default for Choice {
                 ratio: 0.35,
                 cost: 4.0,
             },
-            current: Encoding::Lz4,
+            // A link that limits shows itself within a few batches; one that does not has nothing
+            // to gain.
+            current: Encoding::Raw,
             batches: 0,
             skip: 0,
             skipped: 0,

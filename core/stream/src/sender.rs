@@ -18,12 +18,19 @@ use crate::shared::{Progress, Shared};
 const SMALL: usize = 256;
 /// The destination may take this long to trap the missing pages: it may not yet have been told to.
 const ARM_LIMIT: Duration = Duration::from_secs(30);
-/// Bytes of bulk in flight during a pull, over all streams: at least these, and otherwise twice
-/// what the link holds. A fault's answer waits behind them.
-const IN_FLIGHT: usize = 256 << 10;
-const MOST_IN_FLIGHT: usize = 16 << 20;
-/// Pages of a batch during a pull on a link that is not faster than memory.
-const PULL_PAGES: usize = 16;
+/// Beside a guest that waits for pages the answer to a fault queues behind the bulk that is in
+/// flight. That is kept at what the link holds, and what it takes in this time more.
+const QUEUE: Duration = Duration::from_micros(500);
+/// Room for a link whose rate was measured while it was not full.
+const GROWTH: f64 = 1.25;
+/// Bytes in flight over all streams, whatever was measured.
+const IN_FLIGHT: (usize, usize) = (64 << 10, 16 << 20);
+/// Taken for the link's nanoseconds a byte before anything was measured: 1 Gbit/s.
+const LINK_NS: f64 = 8.0;
+/// Pieces in which bulk gives way to faults.
+const PIECE: (usize, usize) = (16 << 10, 256 << 10);
+/// Pages of a batch beside a waiting guest: a page in it cannot be sent alone any more.
+const BESIDE_PAGES: usize = 16;
 /// Batches between two looks at the link.
 const LOOK: u32 = 16;
 
@@ -73,6 +80,12 @@ impl Cursor<'_> {
             };
         }
     }
+}
+
+/// Bytes in flight that keep a link of so many nanoseconds a byte busy, and little more.
+fn window(link_ns: f64, trip: Duration) -> usize {
+    let bytes = GROWTH * (trip + QUEUE).as_nanos() as f64 / link_ns;
+    (bytes as usize).clamp(IN_FLIGHT.0, IN_FLIGHT.1)
 }
 
 fn runs(pages: &PageSet, block: u16) -> Vec<Run> {
@@ -148,7 +161,7 @@ impl Sender {
                 if batch.is_empty() {
                     return bulk.settle(&self.shared);
                 }
-                bulk.send(&self.shared, &batch, false)?;
+                bulk.send(&self.shared, &batch, None)?;
             }
         };
         let used = if wanted <= SMALL { 1 } else { bulk.len() };
@@ -290,36 +303,32 @@ impl Sender {
         streams: usize,
     ) -> Result<(), StreamError> {
         let mut batch = Vec::with_capacity(MAX_PAGES);
-        let mut pages = PULL_PAGES;
+        let mut window = window(LINK_NS, trip);
         for round in 0.. {
             if round % LOOK == 0 {
-                let link = bulk.link();
-                let window = if link > 0.0 {
-                    (2.0 * trip.as_secs_f64() * 1e9 / link) as usize
-                } else {
-                    0
+                let link = bulk.link() / streams as f64;
+                window = match (link > 0.0, round) {
+                    (true, _) => self::window(link, trip),
+                    (false, 0) => window,
+                    // Something else limits, so nothing queues.
+                    (false, _) => (window * 2).min(IN_FLIGHT.1),
                 };
-                let least = IN_FLIGHT / streams;
-                bulk.limit_in_flight(window.clamp(least, MOST_IN_FLIGHT / streams));
-                self.shared
-                    .link
-                    .store((link / streams as f64 * 1000.0) as u64, Relaxed);
-                // On a link faster than 4 Gbit/s a full batch takes no longer than half a ms.
-                pages = if link / (streams as f64) < 2.0 {
-                    MAX_PAGES
-                } else {
-                    PULL_PAGES
-                };
+                bulk.limit_in_flight(window / streams);
+                self.shared.link.store((link * 1000.0) as u64, Relaxed);
             }
-            post.give_way();
-            post.order
-                .lock()
-                .expect("nobody panics inside")
-                .next(&post.unsent, pages, &mut batch);
+            let piece = (window / streams / 2).clamp(PIECE.0, PIECE.1);
+            let pages = if piece == PIECE.1 {
+                MAX_PAGES
+            } else {
+                BESIDE_PAGES
+            };
+            let mut order = post.order.lock().expect("nobody panics inside");
+            order.next(&post.unsent, pages, &mut batch);
+            drop(order);
             if batch.is_empty() {
                 break;
             }
-            bulk.send(&self.shared, &batch, true)?;
+            bulk.send(&self.shared, &batch, Some((post, piece)))?;
         }
         bulk.settle(&self.shared)
     }

@@ -324,6 +324,33 @@ impl Tls {
         Ok(blocked)
     }
 
+    /// The same in pieces of so many bytes, with a call of `gate` before each.
+    ///
+    /// # Errors
+    /// `Closed`.
+    pub fn flush_pieces(
+        &mut self,
+        piece: usize,
+        mut gate: impl FnMut(),
+    ) -> Result<Duration, StreamError> {
+        let mut blocked = Duration::ZERO;
+        while self.queued() > 0 {
+            gate();
+            let stop = self.outgoing_at.1.min(self.outgoing_at.0 + piece);
+            while self.outgoing_at.0 < stop {
+                let sent = self.socket.send(&self.outgoing[self.outgoing_at.0..stop])?;
+                self.outgoing_at.0 += sent;
+                if sent == 0 {
+                    let start = Instant::now();
+                    self.socket.wait(PollFlags::OUT, true, None)?;
+                    blocked += start.elapsed();
+                }
+            }
+        }
+        self.outgoing_at = (0, 0);
+        Ok(blocked)
+    }
+
     /// Receives what is there without waiting; false when nothing is.
     ///
     /// # Errors

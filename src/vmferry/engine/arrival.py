@@ -25,6 +25,7 @@ from vmferry.network.cards import Card, DestinationNetwork
 from vmferry.wire import messages as m
 
 FAULT_DEVICE = Path("/dev/userfaultfd")
+QEMU_LOG = "qemu.log"
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Waiting:
 
     def last_words(self) -> str:
         """What the QEMU said last."""
-        return last_words(self.directory / "qemu.log")
+        return last_words(self.directory / QEMU_LOG)
 
     async def independent(self) -> None:
         """The guest needs us no more: closes what we held in it, and our monitor."""
@@ -120,7 +121,7 @@ async def prepare(offer: m.Offer, host: DestinationHost) -> Waiting:
                     cwd=offer.process.cwd,
                     uid=offer.process.uid,
                     gid=offer.process.gid,
-                    log=directory / "qemu.log",
+                    log=directory / QEMU_LOG,
                     pass_fds=() if device is None else (device,),
                 )
             except GuestError as error:
@@ -220,6 +221,19 @@ def _fault_device(wanted: bool) -> Generator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def clear_departed(process: GuestProcess, state_dir: Path) -> None:
+    """Removes what a guest that came here once and has left again needs no more: sockets and empty
+    files. What its devices have written (a serial console's log) stays."""
+    directory = Path(process.qmp).parent
+    if directory.parent != state_dir / "guests":
+        return
+    for path in directory.iterdir():
+        if path.is_socket() or path.name == QEMU_LOG or not path.stat().st_size:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _refuse_if_unlike(

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -132,9 +133,14 @@ def main() -> None:
         for line in lines:
             will = msgspec.json.decode(line, type=Will)
             wills[will.move] = will
-    for will in wills.values():
-        for action in will.actions:
-            asyncio.run(_carry_out(action))
+    asyncio.run(_carry_out_all([action for will in wills.values() for action in will.actions]))
+
+
+async def _carry_out_all(actions: list[Action]) -> None:
+    """At the same time, so that a guest that does not answer keeps no other one waiting."""
+    for result in await asyncio.gather(*map(_carry_out, actions), return_exceptions=True):
+        if isinstance(result, BaseException):
+            traceback.print_exception(result)
 
 
 async def _carry_out(action: Action) -> None:

@@ -12,28 +12,31 @@ import contextlib
 import resource
 import secrets
 import time
+from pathlib import Path
 
 from vmferry import _core
-from vmferry._core import Receiver
+from vmferry._core import Receiver, Stream
+from vmferry.engine import doubt
 from vmferry.engine.arrival import Waiting, prepare
 from vmferry.engine.attachment import demand_paged
-from vmferry.engine.deadman import Action, Discard, Run
+from vmferry.engine.deadman import Action, Discard, Keep
 from vmferry.engine.line import Line
 from vmferry.engine.ports import ChannelLike, DestinationHost, StreamDesk
 from vmferry.engine.steps import Step, Timeline
 from vmferry.engine.surely import surely
-from vmferry.errors import FerryError, PeerError, Refused
+from vmferry.errors import FerryError, GuestError, PeerError, Refused
 from vmferry.wire import messages as m
 from vmferry.wire.protocol import ProtocolViolation, Side, State
 
 STREAMS_LIMIT_S = 30.0
 LOAD_LIMIT_S = 60.0
 """Loading reads guest memory, so with post-copy it may wait for pages."""
+Arriving = asyncio.Future[tuple[list[Stream], Stream]]
 DRAIN_LIMIT_S = 30.0
 """For the streams to end after the source has said that it is finished."""
 
-_in_doubt: dict[str, asyncio.Future[tuple[ChannelLike, m.Verdict]]] = {}
-"""Moves that wait for a verdict, by their id."""
+_verdicts: dict[str, asyncio.Future[tuple[ChannelLike, m.Verdict]]] = {}
+"""Moves under way, by their id, and where a verdict on one of them goes."""
 
 
 async def receive(
@@ -50,12 +53,16 @@ async def receive(
         await surely(channel.close())
 
 
-async def settle(channel: ChannelLike, verdict: m.Verdict) -> None:
+async def settle(channel: ChannelLike, verdict: m.Verdict, state_dir: Path) -> None:
     """A verdict on a move whose connection broke; answers when it has been carried out."""
-    waiting = _in_doubt.get(verdict.move)
-    if waiting is None or waiting.done():
+    waiting = _verdicts.get(verdict.move)
+    if waiting is None:
+        answer = await doubt.settle(doubt.folder(state_dir), verdict)
         with contextlib.suppress(PeerError):
-            await channel.send(m.Refuse(reason="no such move waits for a verdict here"))
+            await channel.send(answer)
+        return
+    if waiting.done():
+        # Being carried out: the source asks again when this connection closes without an answer.
         return
     waiting.set_result((channel, verdict))
     # The move itself answers on this channel; the peer closes it when it has the answer.
@@ -80,11 +87,23 @@ class DestinationMove:
         self._waiting: Waiting | None = None
         self._receiver: Receiver | None = None
         self._receiving: asyncio.Task[None] | None = None
+        self._verdict: asyncio.Future[tuple[ChannelLike, m.Verdict]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._ours = False
         """Whether the commit has been heard: from then on the guest is this side's."""
+        self._resumed_at = 0.0
 
     async def run(self) -> None:
         """Serves the whole move."""
+        _verdicts[self._offer.move] = self._verdict
+        try:
+            await self._run()
+        finally:
+            del _verdicts[self._offer.move]
+            await surely(self._answer_verdict())
+
+    async def _run(self) -> None:
         try:
             await self._take()
             await self._serve()
@@ -106,25 +125,15 @@ class DestinationMove:
 
     async def _take(self) -> None:
         offer = self._offer
-        self._waiting = waiting = await prepare(offer, self._host)
-        self._will(self._discard(waiting))
-        await self._timeline.reach(Step.QEMU_STARTED, f"pid {waiting.process.pid}")
         token = secrets.token_bytes(16)
+        # The streams open while the QEMU starts: neither needs the other.
         arriving = asyncio.ensure_future(self._desk.expect(token, offer.streams))
         try:
-            await self._line.say(
-                m.Ready(token=token, pid=waiting.process.pid, changes=waiting.changes)
-            )
-            await self._timeline.reach(Step.READY)
-            async with asyncio.timeout(STREAMS_LIMIT_S):
-                broken = asyncio.create_task(self._line.wait_broken())
-                await asyncio.wait({arriving, broken}, return_when=asyncio.FIRST_COMPLETED)
-                broken.cancel()
-                if not arriving.done():
-                    raise broken.result() if broken.done() else PeerError("the source went away")
-                bulk, urgent = arriving.result()
-        except TimeoutError:
-            raise PeerError("the source opened no page streams") from None
+            await self._line.say(m.Expecting(token=token))
+            self._waiting = waiting = await prepare(offer, self._host)
+            self._will(self._discard(waiting))
+            await self._timeline.reach(Step.QEMU_STARTED, f"pid {waiting.process.pid}")
+            bulk, urgent = await self._streams(arriving)
         finally:
             arriving.cancel()
         self._receiver = Receiver(waiting.memory, bulk, urgent)
@@ -137,6 +146,21 @@ class DestinationMove:
             self._receiver.serve_faults(waiting.take_userfaultfd(), blocks, offer.verify)
         self._receiving = asyncio.create_task(asyncio.to_thread(self._receiver.wait))
         await self._timeline.reach(Step.STREAMS_OPEN)
+        await self._line.say(m.Ready(pid=waiting.process.pid, changes=waiting.changes))
+        await self._timeline.reach(Step.READY)
+
+    async def _streams(self, arriving: Arriving) -> tuple[list[Stream], Stream]:
+        broken = asyncio.create_task(self._line.wait_broken())
+        try:
+            async with asyncio.timeout(STREAMS_LIMIT_S):
+                await asyncio.wait({arriving, broken}, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise PeerError("the source opened no page streams") from None
+        finally:
+            broken.cancel()
+        if not arriving.done():
+            raise broken.result()
+        return arriving.result()
 
     async def _serve(self) -> None:
         """Answers messages until the source has finished."""
@@ -158,7 +182,11 @@ class DestinationMove:
 
     async def _next(self) -> m.PeerMessage:
         """The next message; the death of the waiting QEMU or of a stream ends the wait."""
-        watched = {self._held().died}
+        died = self._held().died
+        watched: set[asyncio.Future[None] | asyncio.Future[tuple[ChannelLike, m.Verdict]]] = {
+            died,
+            self._verdict,
+        }
         if not self._ours and self._receiving is not None:
             watched.add(self._receiving)
         getter = asyncio.create_task(self._line.next())
@@ -166,8 +194,10 @@ class DestinationMove:
             await asyncio.wait({getter, *watched}, return_when=asyncio.FIRST_COMPLETED)
             if getter.done():
                 return getter.result()
-            if self._held().died.done():
-                raise PeerError(f"the waiting QEMU ended: {self._held().last_words()}")
+            if died.done():
+                raise GuestError(f"the waiting QEMU ended: {self._held().last_words()}")
+            if self._verdict.done():
+                return await self._await_verdict(PeerError("the connection to the source broke"))
             if self._receiving is not None and self._receiving.done():
                 self._receiving.result()
             return await getter
@@ -188,22 +218,19 @@ class DestinationMove:
 
     async def _await_verdict(self, reason: PeerError) -> m.PeerMessage:
         """In doubt: paused, complete, without a lock. Only the source knows how it ended."""
-        waiting: asyncio.Future[tuple[ChannelLike, m.Verdict]] = (
-            asyncio.get_running_loop().create_future()
-        )
-        _in_doubt[self._offer.move] = waiting
-        try:
-            channel, verdict = await waiting
-        finally:
-            _in_doubt.pop(self._offer.move, None)
-        if not verdict.committed:
-            await self._kill()
-            with contextlib.suppress(PeerError):
-                await channel.send(m.Aborted())
-            raise reason
-        with contextlib.suppress(PeerError):
-            await channel.send(await self._resume())
+        _, verdict = await self._verdict
+        if verdict.committed and not self._ours:
+            await self._resume()
         raise reason
+
+    async def _answer_verdict(self) -> None:
+        """When the move is over, so that the answer says what has become of it."""
+        if self._verdict.done():
+            channel, _ = self._verdict.result()
+            ago_s = time.monotonic() - self._resumed_at if self._resumed_at else 0.0
+            answer = m.Resumed(ago_s=ago_s, start_s=0.0) if self._ours else m.Aborted()
+            with contextlib.suppress(PeerError):
+                await channel.send(answer)
 
     async def _load(self, message: m.DeviceState) -> None:
         waiting = self._held()
@@ -214,7 +241,7 @@ class DestinationMove:
             await self._line.say(m.LoadFailed(reason=f"the destination's QEMU: {error}"))
             raise
         # In doubt from here: the will may not kill what may be the only copy.
-        self._will()
+        self._will(self._keep(waiting))
         await self._line.say(m.Loaded())
         await self._timeline.reach(Step.LOADED)
 
@@ -222,13 +249,14 @@ class DestinationMove:
         waiting = self._held()
         began = time.monotonic()
         self._ours = True
-        process = waiting.process
-        self._will(Run(process.qmp, process.pid, process.start_time))
+        self._will(self._keep(waiting))
         if not self._offer.running:
-            self._timeline.note(Step.COMMITTED, "the guest was paused and stays so")
+            await self._timeline.reach(Step.COMMITTED, "the guest was paused and stays so")
             return m.Resumed(ago_s=0.0, start_s=0.0)
+        await self._timeline.reach(Step.COMMITTED)
         resumed_ns = await waiting.guest.cont()
         ago_s = (time.time_ns() - resumed_ns) / 1e9
+        self._resumed_at = time.monotonic() - ago_s
         self._timeline.note(Step.RESUMED)
         return m.Resumed(ago_s=ago_s, start_s=time.monotonic() - ago_s - began)
 
@@ -287,6 +315,19 @@ class DestinationMove:
         process = waiting.process
         return Discard(process.pid, process.start_time, str(waiting.directory))
 
+    def _keep(self, waiting: Waiting) -> Keep:
+        process = waiting.process
+        guest = doubt.Doubt(
+            move=self._offer.move,
+            qmp=process.qmp,
+            pid=process.pid,
+            start_time=process.start_time,
+            directory=str(waiting.directory),
+            resume=self._offer.running,
+            committed=self._ours,
+        )
+        return Keep(str(doubt.folder(self._host.state_dir)), guest)
+
     async def _kill(self) -> None:
         if self._receiver is not None:
             self._receiver.cancel()
@@ -297,7 +338,7 @@ class DestinationMove:
     async def _refuse(self, reason: str) -> None:
         await self._kill()
         with contextlib.suppress(PeerError, ProtocolViolation):
-            if self._line.conversation.state is State.OFFERED:
+            if self._line.conversation.state in (State.OFFERED, State.EXPECTED):
                 await self._line.say(m.Refuse(reason=reason))
         await self._close()
 
@@ -319,6 +360,8 @@ class DestinationMove:
         """Lets the QEMU be. With pages missing its userfaultfd stays open inside it, so that the
         guest waits for them instead of reading zeros."""
         if self._waiting is not None:
+            kept = self._keep(self._waiting)
+            doubt.keep(Path(kept.doubts), kept.doubt)
             await self._waiting.let_go()
         await self._close()
 

@@ -59,6 +59,8 @@ class EngineSession:
     clock: Clock = field(default_factory=Clock)
     rounds: list[Round] = field(default_factory=list)
     saving: asyncio.Task[bytes] | None = None
+    stopping: bool = False
+    """Whether the guest may have been stopped: a cancelled call may have got through."""
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -127,6 +129,7 @@ class EngineSession:
     async def stop(self) -> None:
         await self.before_stop()
         began = time.monotonic()
+        self.stopping = True
         stopped_ns = await self.guest.stop()
         self.stopped = True
         self.clock.stopped = time.monotonic() - (time.time_ns() - stopped_ns) / 1e9

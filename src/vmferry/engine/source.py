@@ -11,14 +11,15 @@ import asyncio
 import resource
 import time
 import uuid
-from collections.abc import Coroutine
 from typing import TypeVar
 
 from vmferry import _core
 from vmferry._core import Memory, Sender
+from vmferry.engine import verdict
+from vmferry.engine.arrival import clear_departed
 from vmferry.engine.attachment import Attachment
 from vmferry.engine.deadman import GiveBack
-from vmferry.engine.fence import Fence
+from vmferry.engine.fence import Fence, has_ended
 from vmferry.engine.line import Line
 from vmferry.engine.ports import MoveOrder, Observer, PeerLink
 from vmferry.engine.progress import Pulse
@@ -26,9 +27,18 @@ from vmferry.engine.report import make_report
 from vmferry.engine.session import EngineSession
 from vmferry.engine.steps import Step, Timeline
 from vmferry.engine.surely import surely
-from vmferry.engine.verdict import deliver_verdict
+from vmferry.engine.verdict import Owed, deliver_verdict, owe
 from vmferry.engine.verify import compare
-from vmferry.errors import Cancelled, FerryError, InDoubt, MoveFailed, PeerError, Refused
+from vmferry.errors import (
+    Cancelled,
+    FerryError,
+    GuestError,
+    InDoubt,
+    MoveFailed,
+    PeerError,
+    Refused,
+)
+from vmferry.guest.process import start_time_of
 from vmferry.guest.qemu import Qemu
 from vmferry.guest.tree import object_tree
 from vmferry.network.cards import SourceNetwork
@@ -42,6 +52,9 @@ PREPARE_LIMIT_S = 60.0
 LOAD_LIMIT_S = 60.0
 """For it to load the device state; with post-copy the load itself waits for pages."""
 ANSWER_LIMIT_S = 15.0
+CONT_ATTEMPTS = 10
+CONT_RETRY_S = 0.1
+"""More before each attempt."""
 
 T = TypeVar("T")
 
@@ -86,6 +99,8 @@ class SourceMove:
         self._session: EngineSession | None = None
         self._fence: Fence | None = None
         self._offered: list[m.BlockShape] = []
+        self._stuck = ""
+        """Why the guest could not be continued."""
 
     # --- the way there ------------------------------------------------------------------------
 
@@ -100,7 +115,7 @@ class SourceMove:
                 await surely(self._leave_in_doubt())
                 raise _in_doubt(self.order, error) from error
             await surely(self._undo(str(error) or "cancelled"))
-            raise _as_ended(self.order, error) from error
+            raise _as_ended(self.order, error, self._stuck) from error
 
     async def _prepare(self) -> tuple[EngineSession, m.Ready]:
         order = self.order
@@ -148,12 +163,13 @@ class SourceMove:
         self._pulse.say("starting the destination")
         self._attachment = attachment = await Attachment.make(order.guest, memory)
         await self.timeline.reach(Step.ATTACHED)
-        ready = await line.hear(m.Ready, PREPARE_LIMIT_S)
-        await self.timeline.reach(Step.READY)
-        bulk, urgent = await self.peer.open_streams(ready.token, BULK_STREAMS)
+        expecting = await line.hear(m.Expecting, ANSWER_LIMIT_S)
+        bulk, urgent = await self.peer.open_streams(expecting.token, BULK_STREAMS)
         self._sender = Sender(memory, bulk, urgent)
         self._pulse.sender = self._sender
         await self.timeline.reach(Step.STREAMS_OPEN)
+        ready = await line.hear(m.Ready, PREPARE_LIMIT_S)
+        await self.timeline.reach(Step.READY)
         self._session = EngineSession(
             guest=guest,
             attachment=attachment,
@@ -198,10 +214,14 @@ class SourceMove:
     async def _before_stop(self) -> None:
         await _held(self._guest).prepare_save()
         # The keeper runs nothing, so it may be there before the stop: it costs no downtime then.
-        self._fence = fence = await Fence.prepare(self.order.guest)
+        await surely(self._prepare_fence())
+        fence = _held(self._fence)
         self._will(resume=self._was_running, keeper=fence.keeper)
         _held(self._sender).set_memory(Memory(fence.keeper, _held(self._attachment).memory.blocks))
         await self.timeline.reach(Step.KEEPER_MADE, f"pid {fence.keeper}")
+
+    async def _prepare_fence(self) -> None:
+        self._fence = await Fence.prepare(self.order.guest)
 
     async def _announce_stop(self) -> None:
         await _held(self._line).say(m.Switch(cards=_cards(_held(self._network))))
@@ -226,6 +246,9 @@ class SourceMove:
         if line.broken is not None:
             raise line.broken
         began = time.monotonic()
+        # With pages missing over there the commit is nothing that a next daemon could deliver.
+        whole = not self.order.method.demand_paging
+        self._will(resume=self._was_running, keeper=fence.keeper, committing=whole)
         # From here on the guest is the destination's: no cancellation, no way back through `cont`.
         self.committing = True
         guest.expect_end()
@@ -272,9 +295,7 @@ class SourceMove:
             await self._verify(session, keeper, m.DigestRequest())
             session.clock.verify_s = verify_s
         progress = sender.progress()
-        await asyncio.to_thread(sender.finish)
-        await line.say(m.Finished())
-        farewell = await line.hear(m.Farewell, ANSWER_LIMIT_S)
+        farewell = await self._say_farewell(line, sender)
         now = self.timeline.elapsed_s()
         for past in farewell.timeline:
             self.timeline.adopt(
@@ -294,12 +315,35 @@ class SourceMove:
             cpu_s=_cpu_s() - self._cpu_s + farewell.cpu_seconds,
         )
 
+    async def _say_farewell(self, line: Line, sender: Sender) -> m.Farewell:
+        try:
+            await asyncio.to_thread(sender.finish)
+            await line.say(m.Finished())
+            return await line.hear(m.Farewell, ANSWER_LIMIT_S)
+        except (FerryError, ProtocolViolation, _core.CoreError) as error:
+            if self.order.method.demand_paging:
+                raise
+            # It runs there and lacks nothing from here: only what is left to report is lost.
+            self.timeline.note(Step.RESUMED, f"no farewell came: {error}")
+            return m.Farewell(faults=m.FaultCosts(), timeline=[], cpu_seconds=0.0)
+
     # --- the ways back ------------------------------------------------------------------------
 
-    def _will(self, *, resume: bool, keeper: int = 0) -> None:
+    def _will(self, *, resume: bool, keeper: int = 0, committing: bool = False) -> None:
         guest = self.order.guest
         self.order.deadman.will(
-            self.id, GiveBack(guest.qmp, guest.pid, guest.start_time, resume, keeper)
+            self.id,
+            GiveBack(
+                move=self.id,
+                peer=self.peer.name,
+                verdicts=str(verdict.folder(self.order.state_dir)),
+                qmp=guest.qmp,
+                pid=guest.pid,
+                start_time=guest.start_time,
+                resume=resume,
+                keeper=keeper,
+                committing=committing,
+            ),
         )
 
     async def _undo(self, reason: str) -> None:
@@ -307,12 +351,11 @@ class SourceMove:
         if self._sender is not None:
             self._sender.cancel()
         session, guest = self._session, self._guest
-        stopped = session is not None and session.stopped
-        if stopped and guest is not None and session is not None:
+        if guest is not None and session is not None and session.stopping:
             if session.saving is not None:
                 await asyncio.gather(session.saving, return_exceptions=True)
             if self._was_running:
-                await guest.cont()
+                await self._continue(guest)
             if self._network is not None:
                 self._network.draw_back()
         await self._abort_destination(reason)
@@ -324,8 +367,23 @@ class SourceMove:
             await self._network.close()
         if guest is not None:
             await guest.close()
-        self.order.deadman.dismiss(self.id)
+        if not self._stuck:
+            self.order.deadman.dismiss(self.id)
         self.timeline.note(Step.UNDONE, reason)
+
+    async def _continue(self, guest: Qemu) -> None:
+        for attempt in range(CONT_ATTEMPTS):
+            try:
+                await guest.cont()
+            except GuestError as error:
+                # A disk's lock may be somebody else's for a moment.
+                self._stuck = str(error)
+                if has_ended(self.order.guest.pid, self.order.guest.start_time):
+                    return
+                await asyncio.sleep(attempt * CONT_RETRY_S)
+            else:
+                self._stuck = ""
+                return
 
     async def _abort_destination(self, reason: str) -> None:
         line = self._line
@@ -343,8 +401,14 @@ class SourceMove:
             pass
         if loaded and line.conversation.state is not State.ABORTED:
             # It waits for a verdict, paused and without any lock; it is told as soon as it answers.
-            _in_background(deliver_verdict(self.peer, self.id, committed=False))
+            self._owe(committed=False)
         await line.close()
+
+    def _owe(self, *, committed: bool) -> None:
+        keeper = 0 if self._fence is None or not committed else self._fence.keeper
+        started = start_time_of(keeper) if keeper else 0
+        owed = Owed(self.id, self.peer.name, committed, keeper, started)
+        owe(verdict.folder(self.order.state_dir), owed)
 
     async def _let_go(self) -> None:
         """After the commit: nothing here belongs to the guest any more."""
@@ -358,24 +422,18 @@ class SourceMove:
             await self._guest.close()
         if self._line is not None:
             await self._line.close()
+        clear_departed(self.order.guest, self.order.state_dir)
         self.order.deadman.dismiss(self.id)
 
     async def _leave_in_doubt(self) -> None:
         """The keeper, with all the guest's memory, stays: the destination may still need it."""
+        if not self.order.method.demand_paging:
+            self._owe(committed=True)
         if self._network is not None:
             await self._network.close()
         if self._line is not None:
             await self._line.close()
         self.order.deadman.dismiss(self.id)
-
-
-_background: set[asyncio.Task[object]] = set()
-
-
-def _in_background(work: Coroutine[object, object, object]) -> None:
-    task = asyncio.ensure_future(work)
-    _background.add(task)
-    task.add_done_callback(_background.discard)
 
 
 def _cards(network: SourceNetwork) -> list[m.NetworkCard]:
@@ -392,8 +450,13 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _as_ended(order: MoveOrder, error: BaseException) -> BaseException:
+def _as_ended(order: MoveOrder, error: BaseException, stuck: str) -> BaseException:
     where = f"guest {order.guest.name} runs on at {order.source_host} as before"
+    if stuck:
+        where = (
+            f"guest {order.guest.name} is at {order.source_host} and could not be continued "
+            f"({stuck}): say `cont` in its monitor"
+        )
     match error:
         case asyncio.CancelledError():
             return Cancelled(f"the move to {order.destination_host} was cancelled; {where}")

@@ -22,9 +22,9 @@ class Step(StrEnum):
 
     ATTACHED = "attached"
     OFFERED = "offered"
+    STREAMS_OPEN = "streams-open"
     QEMU_STARTED = "qemu-started"
     READY = "ready"
-    STREAMS_OPEN = "streams-open"
     PUSHED = "pushed"
     KEEPER_MADE = "keeper-made"
     STOPPED = "stopped"

@@ -83,7 +83,7 @@ def read_process(pid: int) -> GuestProcess:
         exe = str((proc / "exe").readlink()).removesuffix(" (deleted)")
         qmp = _last_served(pid, sockets)
         status = (proc / "status").read_text()
-        start_time = _start_time(pid)
+        start_time = start_time_of(pid)
     except PermissionError as error:
         raise Refused(
             f"process {pid} may not be looked at: run vmferry as root or as its owner"
@@ -215,7 +215,8 @@ def _server_of(path: str) -> int:
         return peer_pid(probe)
 
 
-def _start_time(pid: int) -> int:
+def start_time_of(pid: int) -> int:
+    """Field 22 of /proc/PID/stat. OSError when there is no such process."""
     stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     return int(stat.rpartition(")")[2].split()[19])
 

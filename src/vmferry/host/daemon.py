@@ -23,6 +23,7 @@ from vmferry.host.commands import Commands
 from vmferry.host.desk import StreamDesk
 from vmferry.host.greeting import own_hello
 from vmferry.host.identity import load_or_create
+from vmferry.host.links import Link
 from vmferry.host.listener import Listener
 from vmferry.host.moves import Moves
 from vmferry.host.pairing import PairingDesk, check_host_name, format_address
@@ -83,6 +84,7 @@ class Daemon:
         self._commands: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._deadman: DeadMan | None = None
+        self._verdicts: asyncio.Task[None] | None = None
 
     async def run(self, ready: Callable[[str], None]) -> None:
         """Serves until a signal; `ready` is given a line when both sockets listen. Refused."""
@@ -115,6 +117,7 @@ class Daemon:
         from vmferry.engine.deadman import DeadMan
 
         self._deadman = await DeadMan.arm(settings.state_dir)
+        self._verdicts = asyncio.create_task(self._settle_the_past())
         commands = Commands(
             identity=self.identity,
             book=self.book,
@@ -159,9 +162,25 @@ class Daemon:
             _, late = await asyncio.wait(self._clients, timeout=CLIENTS_LEAVE_LIMIT_S)
             for task in late:
                 task.cancel()
+        if self._verdicts is not None:
+            self._verdicts.cancel()
+            await asyncio.gather(self._verdicts, return_exceptions=True)
         if self._deadman is not None:
             await self._deadman.close()
         os.close(self._lock)
+
+    async def _settle_the_past(self) -> None:
+        """What earlier daemons left undecided, and what this one will."""
+        from vmferry.engine import doubt
+        from vmferry.engine.verdict import deliver_owed
+
+        state_dir = self._settings.state_dir
+        await asyncio.to_thread(doubt.forget_the_dead, doubt.folder(state_dir))
+
+        def link(peer: str) -> Link:
+            return Link(self.identity, self.book.find(peer), self.hello)
+
+        await deliver_owed(state_dir, link)
 
     async def serve_peer(self, channel: Channel, peer: Peer) -> None:
         """One control connection of a paired host, by its first message."""
@@ -184,7 +203,7 @@ class Daemon:
             case Verdict():
                 from vmferry.engine.destination import settle
 
-                await settle(channel, first)
+                await settle(channel, first, self._settings.state_dir)
             case Survey():
                 await channel.send(Surveyed(findings=await asyncio.to_thread(machine_findings)))
             case _:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -54,8 +55,17 @@ class LabHost:
         return self.state_dir.with_suffix(".log")
 
     @classmethod
-    async def start(cls, topology: Topology, host: HostName, state_dir: Path) -> Self:
-        """Returns when it listens. PeerError with the end of its log when it does not."""
+    async def start(
+        cls,
+        topology: Topology,
+        host: HostName,
+        state_dir: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Returns when it listens. PeerError with the end of its log when it does not.
+
+        `environment` comes on top of this process's own.
+        """
         address = f"{MIGRATION_ADDRESS[host]}:{PORT}"
         with state_dir.with_suffix(".log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
@@ -63,6 +73,7 @@ class LabHost:
                 *COMMAND,
                 *("host", "--listen", address, "--state", str(state_dir)),
                 *("--name", host_name(host)),
+                env={**os.environ, **(environment or {})},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 # A Ctrl-C at the terminal is the lab's: daemons end when it says so.

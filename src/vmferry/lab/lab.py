@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,6 +40,8 @@ class QemuOutcome:
     """QEMU's own migration, and what the client and the link saw of it."""
 
     migration: QemuMigration
+    start_s: float
+    """Start of the destination's QEMU, before the migration; a move's total includes it."""
     window: Window | None
     link_bytes: int
 
@@ -155,10 +157,12 @@ class Lab:
             await self.start_host(host)
         await pair(self.hosts["a"], self.hosts["b"])
 
-    async def start_host(self, host: HostName) -> LabHost:
+    async def start_host(
+        self, host: HostName, environment: Mapping[str, str] | None = None
+    ) -> LabHost:
         """Starts the daemon of one host (again): its state and its pairing are kept."""
         state_dir = self.directory / f"state-{host}"
-        self.hosts[host] = await LabHost.start(self.topology, host, state_dir)
+        self.hosts[host] = await LabHost.start(self.topology, host, state_dir, environment)
         return self.hosts[host]
 
     async def shape(self, rate_mbit: int | None) -> None:
@@ -195,7 +199,11 @@ class Lab:
         window = await _settled(client, begin)
         report = msgspec.json.decode(out, type=Report)
         if window is not None:
-            report = msgspec.structs.replace(report, blackout_ms=window.blackout_ms)
+            # The comparison of both memories stops the guest for longer than the move does.
+            compared = report.verification
+            inside = compared.seconds * 1e3 if compared and not report.recover_s else 0.0
+            blackout_ms = max(window.blackout_ms - inside, 0.0)
+            report = msgspec.structs.replace(report, blackout_ms=blackout_ms)
         return MoveOutcome(report, window, after - before)
 
     async def migrate_with_qemu(
@@ -204,7 +212,9 @@ class Lab:
         """Moves the guest to the other host by QEMU's own migration. GuestError when it fails."""
         here, process = guest.locate()
         there = other(here)
+        started = time.monotonic()
         waiting, _, _ = await self._start_qemu(guest.spec, there, ("-incoming", "defer"))
+        start_s = time.monotonic() - started
         sides: list[baseline.Side] = []
         try:
             for path in (process.qmp, waiting.qmp):
@@ -222,7 +232,7 @@ class Lab:
             for side in sides:
                 await side.disconnect()
         await asyncio.to_thread(_kill, process)
-        return QemuOutcome(migration, window, after - before)
+        return QemuOutcome(migration, start_s, window, after - before)
 
     async def end_guest(self, guest: LabGuest) -> None:
         """Kills its QEMU, wherever it is."""

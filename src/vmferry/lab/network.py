@@ -110,6 +110,11 @@ class Topology:
         with self._inside("a") as net:
             _set(net, MIGRATION_LINK, state="up" if restore else "down")
 
+    def links(self, role: str) -> list[str]:
+        """Names of the interfaces in a namespace."""
+        with self._inside(role) as net:
+            return [str(link.get("ifname")) for link in net.get_links()]
+
     def migration_bytes(self) -> int:
         """Bytes that have gone over the migration link, both ways together.
 

@@ -56,7 +56,7 @@ class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Offer(Message, frozen=True, kw_only=True, tag="offer"):
-    """Source: take this guest. Answered by Ready or Refuse."""
+    """Source: take this guest. Answered by Expecting and Ready, or by Refuse."""
 
     move: str
     guest: str
@@ -75,10 +75,15 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     """Bulk page streams that will be opened, the urgent one not counted."""
 
 
-class Ready(Message, frozen=True, tag="ready"):
-    """Destination: its QEMU waits for the guest; open the page streams with this token."""
+class Expecting(Message, tag="expecting", frozen=True):
+    """Destination: open the page streams with this token, while the QEMU here starts."""
 
     token: bytes
+
+
+class Ready(Message, tag="ready", frozen=True):
+    """Destination: its QEMU waits for the guest."""
+
     pid: int
     changes: list[str]
 
@@ -212,6 +217,7 @@ class Surveyed(Message, frozen=True, tag="surveyed"):
 PeerMessage = (
     Hello
     | Offer
+    | Expecting
     | Ready
     | Refuse
     | Switch

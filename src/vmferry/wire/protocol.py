@@ -3,9 +3,9 @@
 Both hosts hold a `Conversation` of the same table and feed it every message they send and hear,
 so both know at any instant what may come next and who may run the guest:
 
-    greeted -offer-> offered -ready-> prepared -switch-> switching -device-state-> loading
-      -loaded-> loaded -commit-> committed -resumed-> resumed -finished-> finishing
-      -farewell-> closed
+    greeted -offer-> offered -expecting-> expected -ready-> prepared -switch-> switching
+      -device-state-> loading -loaded-> loaded -commit-> committed -resumed-> resumed
+      -finished-> finishing -farewell-> closed
 
 Up to `loaded` either side may abort, and the source runs the guest afterwards. The commit itself is
 not a message: it is the kill of the source's process, proven, between `loaded` and `commit`
@@ -35,6 +35,7 @@ class State(Enum):
 
     GREETED = "greeted"
     OFFERED = "offered"
+    EXPECTED = "expected"
     PREPARED = "prepared"
     SWITCHING = "switching"
     LOADING = "loading"
@@ -51,6 +52,7 @@ BEFORE_COMMIT = frozenset(
     {
         State.GREETED,
         State.OFFERED,
+        State.EXPECTED,
         State.PREPARED,
         State.SWITCHING,
         State.LOADING,
@@ -65,8 +67,10 @@ _SOURCE, _DESTINATION = Side.SOURCE, Side.DESTINATION
 
 _TRANSITIONS: dict[tuple[State, Side, type[m.Message]], State] = {
     (State.GREETED, _SOURCE, m.Offer): State.OFFERED,
-    (State.OFFERED, _DESTINATION, m.Ready): State.PREPARED,
+    (State.OFFERED, _DESTINATION, m.Expecting): State.EXPECTED,
     (State.OFFERED, _DESTINATION, m.Refuse): State.ABORTED,
+    (State.EXPECTED, _DESTINATION, m.Ready): State.PREPARED,
+    (State.EXPECTED, _DESTINATION, m.Refuse): State.ABORTED,
     (State.PREPARED, _SOURCE, m.Switch): State.SWITCHING,
     (State.SWITCHING, _SOURCE, m.DigestRequest): State.SWITCHING,
     (State.SWITCHING, _DESTINATION, m.Digests): State.SWITCHING,
