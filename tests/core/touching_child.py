@@ -100,11 +100,13 @@ class Child:
             whole.update(hashlib.sha256(self.page(page)).digest())
         return whole.hexdigest()
 
-    def touch(self, seed: int, threads: int, pause: float = 0.0) -> str:
+    def touch(self, seed: int, threads: int, pause: float = 0.0, most: int | None = None) -> str:
         """The same, but each page read first in a random order by threads: sha256 of a page gives
-        the interpreter's lock up, so that several of them wait for pages at once."""
+        the interpreter's lock up, so that several of them wait for pages at once. `most` bounds
+        the pages that are read."""
         order = list(range(self.pages))
         random.Random(seed).shuffle(order)
+        del order[self.pages if most is None else most :]
         found: list[bytes] = [b""] * self.pages
         self.latencies = []
 
