@@ -17,14 +17,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "core"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import streams
-from streams import DESTINATION, SOURCE, TOKEN, Child, in_background
+from tests.core import stream_ends
+from tests.core.stream_ends import DESTINATION, SOURCE, TOKEN, Child, in_background
+
 from vmferry import _core as core
 
 NAMES = (f"vfb{os.getpid()}a", f"vfb{os.getpid()}b")
@@ -38,7 +39,7 @@ def run(command: str) -> None:
 
 
 @contextmanager
-def link(rate: str) -> Iterator[None]:
+def link(rate: str) -> Generator[None]:
     here, there = NAMES
     try:
         for name in NAMES:
@@ -57,7 +58,7 @@ def link(rate: str) -> Iterator[None]:
 
 
 @contextmanager
-def inside(name: str) -> Iterator[None]:
+def inside(name: str) -> Generator[None]:
     with Path("/proc/self/ns/net").open() as before, Path(f"/run/netns/{name}").open() as space:
         if libc.setns(space.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
@@ -87,7 +88,7 @@ def measure(pages: int, pause_us: int, like: str, *, pull: bool, warm: bool) -> 
     sender = core.Sender(source.memory, [near for near, _ in bulk], urgent[0])
     receiver = core.Receiver(destination.memory, [far for _, far in bulk], urgent[1])
     if warm:
-        part = streams.pages_of(source.memory, range(pages // 8))
+        part = stream_ends.pages_of(source.memory, range(pages // 8))
         sender.push(part)
         missing = source.all_pages() - part
     else:

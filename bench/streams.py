@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "core"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from streams import Child, Way, pages_of
+from tests.core.stream_ends import Child, Way, pages_of
+
 from vmferry import _core as core
 
 

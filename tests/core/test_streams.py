@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from streams import (
+from stream_ends import (
     DESTINATION,
     SOURCE,
     TOKEN,

@@ -17,6 +17,7 @@ use crate::codec::Choice;
 use crate::frame::{ANSWER, Head, Kind, Run};
 use crate::order::Order;
 use crate::shared::Shared;
+use crate::socket::hurry_this_thread;
 
 /// Pages sent behind a requested one.
 const NEIGHBOURS: usize = 15;
@@ -143,6 +144,7 @@ impl<'a> Answers<'a> {
 
     /// Answers until it is told to end, or the stream breaks.
     pub fn run(mut self) -> Result<(), StreamError> {
+        hurry_this_thread();
         let result = self.serve();
         self.post.busy.store(false, SeqCst);
         let mut state = self.post.state.lock().expect("nobody panics inside");

@@ -20,7 +20,7 @@ use crate::codec::Decoder;
 use crate::demand::{Deferred, Demand};
 use crate::frame::{ANSWER, Frame, Head, Kind, Run};
 use crate::receiver::Inside;
-use crate::socket::{SILENCE, timespec};
+use crate::socket::{SILENCE, hurry_this_thread, timespec};
 use crate::stats::By;
 
 /// A page that has to be tried again is, after this long.
@@ -63,6 +63,7 @@ impl<'a> Faults<'a> {
 
     /// Serves until the receiver goes away, or nothing is left to serve.
     pub fn run(mut self) {
+        hurry_this_thread();
         self.serve();
         self.inside.released(Err(StreamError::Refused(
             "the fault service has ended".into(),

@@ -27,6 +27,8 @@ const GROWTH: f64 = 1.25;
 const IN_FLIGHT: (usize, usize) = (64 << 10, 16 << 20);
 /// Taken for the link's nanoseconds a byte before anything was measured: 1 Gbit/s.
 const LINK_NS: f64 = 8.0;
+/// Taken for it where something else than the link limits.
+const FAST_LINK: f64 = 0.5;
 /// Pieces in which bulk gives way to faults.
 const PIECE: (usize, usize) = (16 << 10, 256 << 10);
 /// Pages of a batch beside a waiting guest: a page in it cannot be sent alone any more.
@@ -307,12 +309,11 @@ impl Sender {
         for round in 0.. {
             if round % LOOK == 0 {
                 let link = bulk.link() / streams as f64;
-                window = match (link > 0.0, round) {
-                    (true, _) => self::window(link, trip),
-                    (false, 0) => window,
-                    // Something else limits, so nothing queues.
-                    (false, _) => (window * 2).min(IN_FLIGHT.1),
-                };
+                if link > 0.0 {
+                    window = self::window(link, trip);
+                } else if round > 0 {
+                    window = self::window(FAST_LINK, trip);
+                }
                 bulk.limit_in_flight(window / streams);
                 self.shared.link.store((link * 1000.0) as u64, Relaxed);
             }
