@@ -92,7 +92,8 @@ class DestinationMove:
         )
         self._ours = False
         """Whether the commit has been heard: from then on the guest is this side's."""
-        self._resumed_at = 0.0
+        self._resumed_at: float | None = None
+        self._answered = False
 
     async def run(self) -> None:
         """Serves the whole move."""
@@ -224,13 +225,19 @@ class DestinationMove:
         raise reason
 
     async def _answer_verdict(self) -> None:
-        """When the move is over, so that the answer says what has become of it."""
-        if self._verdict.done():
-            channel, _ = self._verdict.result()
-            ago_s = time.monotonic() - self._resumed_at if self._resumed_at else 0.0
-            answer = m.Resumed(ago_s=ago_s, start_s=0.0) if self._ours else m.Aborted()
-            with contextlib.suppress(PeerError):
-                await channel.send(answer)
+        """When the move is over, so that the answer says what has become of it; none when the
+        guest is ours and does not run: the source asks again then, and `doubt` tries again."""
+        if not self._verdict.done() or self._answered:
+            return
+        self._answered = True
+        channel, _ = self._verdict.result()
+        with contextlib.suppress(PeerError):
+            if not self._ours:
+                await channel.send(m.Aborted())
+            elif self._resumed_at is not None:
+                ago_s = time.monotonic() - self._resumed_at
+                await channel.send(m.Resumed(ago_s=ago_s, start_s=0.0))
+        await channel.close()
 
     async def _load(self, message: m.DeviceState) -> None:
         waiting = self._held()
@@ -252,6 +259,7 @@ class DestinationMove:
         self._will(self._keep(waiting))
         if not self._offer.running:
             await self._timeline.reach(Step.COMMITTED, "the guest was paused and stays so")
+            self._resumed_at = time.monotonic()
             return m.Resumed(ago_s=0.0, start_s=0.0)
         await self._timeline.reach(Step.COMMITTED)
         resumed_ns = await waiting.guest.cont()
@@ -363,6 +371,9 @@ class DestinationMove:
             kept = self._keep(self._waiting)
             doubt.keep(Path(kept.doubts), kept.doubt)
             await self._waiting.let_go()
+        await self._answer_verdict()
+        if self._receiver is not None and not self._offer.demand_paging:
+            self._receiver.cancel()
         await self._close()
 
     async def _close(self) -> None:

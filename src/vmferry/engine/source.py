@@ -8,13 +8,14 @@ only helps. docs/failure-contract.md has the table, with a test for each row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import time
 import uuid
 from typing import TypeVar
 
 from vmferry import _core
-from vmferry._core import Memory, Sender
+from vmferry._core import Memory, Sender, Stream
 from vmferry.engine import verdict
 from vmferry.engine.arrival import clear_departed
 from vmferry.engine.attachment import Attachment
@@ -52,6 +53,8 @@ PREPARE_LIMIT_S = 60.0
 LOAD_LIMIT_S = 60.0
 """For it to load the device state; with post-copy the load itself waits for pages."""
 ANSWER_LIMIT_S = 15.0
+REASON_LIMIT_S = 2.0
+"""For a peer to say why it has closed the page streams."""
 CONT_ATTEMPTS = 10
 CONT_RETRY_S = 0.1
 """More before each attempt."""
@@ -164,7 +167,7 @@ class SourceMove:
         self._attachment = attachment = await Attachment.make(order.guest, memory)
         await self.timeline.reach(Step.ATTACHED)
         expecting = await line.hear(m.Expecting, ANSWER_LIMIT_S)
-        bulk, urgent = await self.peer.open_streams(expecting.token, BULK_STREAMS)
+        bulk, urgent = await self._open_streams(line, expecting.token)
         self._sender = Sender(memory, bulk, urgent)
         self._pulse.sender = self._sender
         await self.timeline.reach(Step.STREAMS_OPEN)
@@ -183,6 +186,15 @@ class SourceMove:
         )
         return self._session, ready
 
+    async def _open_streams(self, line: Line, token: bytes) -> tuple[list[Stream], Stream]:
+        try:
+            return await self.peer.open_streams(token, BULK_STREAMS)
+        except PeerError:
+            # A destination that gives up closes its streams first, and says why after.
+            with contextlib.suppress(PeerError):
+                await line.hear(m.Ready, REASON_LIMIT_S)
+            raise
+
     async def _run_strategy(self, session: EngineSession) -> None:
         """Runs the strategy; a destination that gives up or a link that breaks ends it at once."""
         line = _held(self._line)
@@ -197,6 +209,10 @@ class SourceMove:
                 raise broken.result()
             strategy.result()
         except _core.CoreError as error:
+            # Its reason comes by the control connection, a moment later.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REASON_LIMIT_S):
+                    await line.wait_broken()
             reason = line.broken
             raise (
                 reason
