@@ -72,3 +72,17 @@ def test_queues_are_one_nic() -> None:
 def test_none_at_all() -> None:
     assert parse_nics("", 1) == []
     assert parse_nics("unknown command: 'info'\r\n", 1) == []
+
+
+def test_a_tap_without_a_name_of_ours_is_left_to_its_helper() -> None:
+    """QEMU's bridge helper made it and joined it, and does so again at the destination."""
+    no_tap = os.open(os.devnull, os.O_RDONLY)
+    text = (
+        "e.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\r\n"
+        " \\ b: index=0,type=tap,helper=/usr/lib/qemu/qemu-bridge-helper,br=br0\r\n"
+        "e.1: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:57\r\n"
+        f" \\ d: index=0,type=tap,fd={no_tap}\r\n"
+    )
+    found = parse_nics(text, os.getpid())
+    os.close(no_tap)
+    assert found == []
