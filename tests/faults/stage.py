@@ -242,9 +242,9 @@ class Attempt:
         await _until(self._left_at_the_destination)
         await self._assert_runs(self.here, self.process.pid)
 
-    async def assert_goes_on(self) -> None:
-        """The guest runs at the source, which nothing is left of the move in."""
-        await _until(self._left_at_the_source)
+    async def assert_goes_on(self, limit_s: float = LIMIT_S) -> None:
+        """The guest runs at the source, where nothing is left of the move."""
+        await _until(self._left_at_the_source, limit_s)
 
     async def assert_moved(self) -> None:
         """The guest runs at the destination, and nothing is left of it at the source."""
@@ -312,11 +312,11 @@ def _arrivals(host: LabHost) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-async def _until(problems: Callable[[], Awaitable[list[str]]]) -> None:
+async def _until(problems: Callable[[], Awaitable[list[str]]], limit_s: float = LIMIT_S) -> None:
     """Returns when there are no problems; AssertionError with the last ones when time is up."""
     found = ["nothing was looked at"]
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(limit_s):
             while True:
                 try:
                     found = await problems()

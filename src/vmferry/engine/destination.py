@@ -32,6 +32,8 @@ STREAMS_LIMIT_S = 30.0
 LOAD_LIMIT_S = 60.0
 """Loading reads guest memory, so with post-copy it may wait for pages."""
 Arriving = asyncio.Future[tuple[list[Stream], Stream]]
+REASON_LIMIT_S = 5.0
+"""For what broke the page streams to show itself."""
 DRAIN_LIMIT_S = 30.0
 """For the streams to end after the source has said that it is finished."""
 
@@ -196,7 +198,7 @@ class DestinationMove:
             if getter.done():
                 return getter.result()
             if died.done():
-                raise GuestError(f"the waiting QEMU ended: {self._held().last_words()}")
+                raise self._ended()
             if self._verdict.done():
                 return await self._await_verdict(PeerError("the connection to the source broke"))
             if self._receiving is not None and self._receiving.done():
@@ -207,15 +209,23 @@ class DestinationMove:
                 return await self._await_verdict(error)
             raise
         except _core.CoreError as error:
-            # The source closes its streams when it gives up: its reason comes by message.
-            with contextlib.suppress(FerryError, TimeoutError):
-                async with asyncio.timeout(5):
-                    return await getter
+            # The source closes its streams when it gives up, and a QEMU that is being killed is
+            # written to in vain before it is gone: in both cases the reason comes a moment later.
+            await asyncio.wait(
+                {getter, died}, timeout=REASON_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if died.done():
+                raise self._ended() from error
+            if getter.done() and getter.exception() is None:
+                return getter.result()
             if self._line.conversation.state is State.LOADED and not self._ours:
                 return await self._await_verdict(PeerError(str(error)))
             raise
         finally:
             getter.cancel()
+
+    def _ended(self) -> GuestError:
+        return GuestError(f"the waiting QEMU ended: {self._held().last_words()}")
 
     async def _await_verdict(self, reason: PeerError) -> m.PeerMessage:
         """In doubt: paused, complete, without a lock. Only the source knows how it ended."""
