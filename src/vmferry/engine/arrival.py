@@ -111,7 +111,10 @@ async def prepare(offer: m.Offer, host: DestinationHost) -> Waiting:
                 f"guest {offer.guest} runs {offer.process.exe}, and {host.name} has no such "
                 "program; install the same QEMU there"
             )
-        rewritten = rewrite(offer.process.argv, Places(directory, machine=offer.machine))
+        rewritten = rewrite(
+            offer.process.argv,
+            Places(directory, {card.mac: card.tap for card in offer.cards}, offer.machine),
+        )
         files = rewritten.files
         with _fault_device(offer.demand_paging) as device:
             try:
