@@ -37,9 +37,12 @@ async def _show(lab: Lab, console: Console) -> int:
     console.print("Two hosts, a switch, an outside client, a migration link of 1 Gbit/s.")
     await lab.start_hosts()
     await lab.shape(LINK_MBIT)
-    console.print(f"Booting a Linux guest on host a; its program rewrites memory ({WORKING}).")
+    console.print(
+        f"Booting a Linux guest on host a; a program in it rewrites random pages of "
+        f"{WORKING.area_mib} MiB at {WORKING.megabytes_per_s} MB/s and checks each before."
+    )
     guest = await lab.boot_guest()
-    console.print(f"It runs after {guest.booted_s:.0f} s ({guest.spec.binary}).")
+    console.print(f"It runs after {guest.booted_s:.0f} s (QEMU {guest.spec.binary.name}, TCG).")
     client = await lab.start_client(guest)
     rows: list[Row] = []
     for strategy in STRATEGIES:
@@ -93,7 +96,7 @@ def _row_of_qemu(outcome: QemuOutcome) -> Row:
         total_s=migration.total_s,
         bytes_on_wire=migration.bytes_transferred,
         pages=migration.pages_transferred,
-        memory="not compared",
+        memory="-",
     )
 
 
