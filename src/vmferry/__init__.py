@@ -2,7 +2,7 @@
 
 The rooms, top to bottom; imports only point down (ARCHITECTURE.md):
 
-    cli -> host -> engine | simulator -> strategies, wire -> guest, network, storage -> _core
+    cli -> host -> engine | simulator -> strategies, wire -> guest, network -> _core
     report holds the records that all may write.
 """
 
