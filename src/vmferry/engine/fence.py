@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 from vmferry import _core
@@ -61,20 +62,33 @@ class Fence:
 
 
 def _kill_threads(pid: int, start_time: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if not _is_same(pid, start_time):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    with _killed(pid, start_time) as pidfd:
         end = time.monotonic() + PROOF_LIMIT_S
-        while not all(_exiting(task) for task in _tasks(pid)):
+        while pidfd is not None and not all(_exiting(task) for task in _tasks(pid)):
             if time.monotonic() > end:
                 raise GuestError(f"pid {pid} was killed and is still not gone")
             time.sleep(PROOF_POLL_S)
+
+
+@contextlib.contextmanager
+def _killed(pid: int, start_time: int) -> Generator[int | None]:
+    """Sends SIGKILL and gives the process's pidfd; None when there is no such process (any more).
+
+    A pid that belongs to another process by now (`start_time`, field 22 of /proc/PID/stat) counts
+    as gone; the pidfd, once it is known to be the right one, cannot be mistaken.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        if not _is_same(pid, start_time):
+            yield None
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        yield pidfd
     finally:
         os.close(pidfd)
 
@@ -106,20 +120,10 @@ def end_keeper(pid: int, start_time: int, keeper: int) -> None:
 
 
 async def kill_process(pid: int, start_time: int) -> None:
-    """SIGKILL, and the proof: returns when the process is gone; GuestError if it will not go.
-
-    A pid that belongs to another process by now (`start_time`, field 22 of /proc/PID/stat) counts
-    as gone.
-    """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if not _is_same(pid, start_time):
+    """SIGKILL, and the proof: returns when the process is gone; GuestError if it will not go."""
+    with _killed(pid, start_time) as pidfd:
+        if pidfd is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         loop = asyncio.get_running_loop()
         gone = loop.create_future()
         loop.add_reader(pidfd, lambda: gone.done() or gone.set_result(None))
@@ -130,8 +134,6 @@ async def kill_process(pid: int, start_time: int) -> None:
             raise GuestError(f"pid {pid} was killed and is still not gone") from None
         finally:
             loop.remove_reader(pidfd)
-    finally:
-        os.close(pidfd)
 
 
 def has_ended(pid: int, start_time: int) -> bool:
