@@ -6,6 +6,8 @@ Each test is one or more rows of docs/failure-contract.md.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 from tests.faults.conftest import Play
@@ -203,7 +205,11 @@ def test_cancel_while_pages_are_under_way(play: Play, strategy: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "step"),
-    [("source", "source:stopped"), ("destination", "source:pushed"), ("source", "source:loaded")],
+    [
+        ("source", "source:stopped"),
+        ("destination", "source:pushed"),
+        pytest.param("source", "source:loaded", marks=LONG),
+    ],
 )
 def test_a_daemon_is_asked_to_end(play: Play, host: str, step: str) -> None:
     async def scene(stage: Stage) -> None:
@@ -234,6 +240,39 @@ def test_a_refused_move_touches_nothing(play: Play) -> None:
                 assert "does not start" in report.error
                 assert "No such file" in report.error
                 await attempt.assert_untouched()
+
+    play(scene)
+
+
+def test_cancel_while_the_guest_is_being_stopped(play: Play) -> None:
+    """The order to stop is under way to a QEMU that does not answer yet: it is stopped later."""
+
+    async def scene(stage: Stage) -> None:
+        async with stage.attempt(hold="source:keeper-made") as attempt:
+            os.kill(attempt.process.pid, signal.SIGSTOP)
+            try:
+                attempt.release("source:keeper-made")
+                await asyncio.sleep(0.3)
+                attempt.interrupt()
+                await attempt.phase("cancelling")
+            finally:
+                os.kill(attempt.process.pid, signal.SIGCONT)
+            report = await attempt.end()
+            assert report is not None
+            assert report.outcome == "cancelled"
+            await attempt.assert_untouched()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("step", [pytest.param("stopped", marks=LONG), "loaded"])
+def test_both_daemons_are_killed(play: Play, step: str) -> None:
+    async def scene(stage: Stage) -> None:
+        async with stage.attempt(hold=f"source:{step}") as attempt:
+            await asyncio.gather(attempt.source.kill(), attempt.destination.kill())
+            await attempt.assert_goes_on()
+            await asyncio.gather(stage.restart(attempt.here), stage.restart(attempt.there))
+            await attempt.assert_untouched()
 
     play(scene)
 
