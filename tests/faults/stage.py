@@ -69,9 +69,7 @@ class Stage:
         self.holds[host] = ""
 
     @asynccontextmanager
-    async def attempt(
-        self, strategy: str = "pre-copy", hold: str = "", options: tuple[str, ...] = ()
-    ) -> AsyncGenerator[Attempt]:
+    async def attempt(self, strategy: str = "pre-copy", hold: str = "") -> AsyncGenerator[Attempt]:
         """A move that is under way; with `hold`, once all these steps are reached."""
         await self.hold(hold)
         here, process = self.guest.locate()
@@ -81,7 +79,6 @@ class Stage:
         async with Witness(self.lab.topology, self.guest.name) as witness:
             command = await self.lab.hosts[here].begin(
                 *("move", self.guest.name, host_name(there), "--strategy", strategy, "--json"),
-                *options,
             )
             attempt = Attempt(self, here, there, process, before, left, witness, command)
             try:

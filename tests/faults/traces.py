@@ -40,11 +40,6 @@ def in_process(process: GuestProcess) -> Iterator[str]:
         yield f"process {tracer} traces the QEMU"
 
 
-def threads(pid: int) -> int:
-    """How many threads a process has."""
-    return _status(pid, "Threads")
-
-
 def _children(pid: int) -> list[int]:
     # Not `task/*/children`, which a zombie may be missing from.
     found = []
