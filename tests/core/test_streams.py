@@ -300,6 +300,20 @@ def test_the_keeper_serves_on_when_the_source_is_dead(start_child: StartChild) -
         subprocess.run(["kill", "-9", str(keeper)], check=True)
 
 
+def test_a_requested_page_brings_its_neighbours(start_child: StartChild) -> None:
+    source, destination = start_child(), start_child()
+    source.tell("fill", seed=1)
+    way = Way(source.memory, destination.memory)
+    trap(destination, way)
+    way.sender.serve(source.all_pages())
+    destination.tell("touch", seed=2, threads=1, most=1)
+    while way.receiver.missing > PAGES - 16:
+        pass
+    assert way.receiver.fault_stats().network_faults == 1
+    assert way.sender.progress().pages == 16
+    way.sender.cancel()
+
+
 def test_serve_comes_before_serve_faults(start_child: StartChild) -> None:
     source, destination = start_child(), start_child()
     source.tell("fill", seed=1)

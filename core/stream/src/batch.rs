@@ -73,13 +73,13 @@ impl Batch {
     /// The frame of the kept pages, how it is encoded, and how long the encoder took.
     pub fn seal(&mut self, head: Head, tried: Encoding) -> (&[u8], Encoding, Duration) {
         let raw = BODY + self.kept * PAGE_SIZE;
-        let start = Instant::now();
+        let start = processor_time();
         let encoded = self.encoder.encode(tried, &self.buffer[BODY..raw]);
         let length = encoded.map(|encoded| {
             self.encoded[BODY..BODY + encoded.len()].copy_from_slice(encoded);
             encoded.len()
         });
-        let took = start.elapsed();
+        let took = processor_time().saturating_sub(start);
         let (buffer, end, encoding) = match length {
             Some(length) => (&mut self.encoded, BODY + length, tried),
             None => (&mut self.buffer, raw, Encoding::Raw),
@@ -100,6 +100,12 @@ pub struct Bulk {
     zero_block: u16,
     /// Something was sent after the last `settle`.
     open: bool,
+}
+
+/// Of this thread.
+fn processor_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.max(0) as u64, now.tv_nsec as u32)
 }
 
 impl Bulk {
@@ -137,7 +143,8 @@ impl Bulk {
         let Some(first) = pages.first() else {
             return Ok(());
         };
-        let start = Instant::now();
+        let (start, busy) = (Instant::now(), processor_time());
+        let queue = self.channel.unacknowledged();
         self.open = true;
         if self.zero_block != first.block || self.zeros.len() + pages.len() > MAX_RUNS {
             self.send_zeros(shared)?;
@@ -176,15 +183,20 @@ impl Bulk {
         } else if self.channel.queued() >= WRITE {
             blocked += self.channel.flush()?;
         }
+        let encoded = if encoding == Encoding::Raw {
+            kept * PAGE_SIZE
+        } else {
+            length
+        };
+        let queue_now = self.channel.unacknowledged();
         self.choice.learn(&Sample {
             tried,
             raw: kept * PAGE_SIZE,
-            encoded: if encoding == Encoding::Raw {
-                kept * PAGE_SIZE
-            } else {
-                length
-            },
+            encoded,
+            drained: encoded as i64 + queue - queue_now,
+            queue: queue_now,
             encoding: encode_time,
+            work: processor_time().saturating_sub(busy),
             blocked,
             total: start.elapsed().saturating_sub(gave_way),
         });

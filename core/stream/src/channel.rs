@@ -160,6 +160,12 @@ impl Channel {
         self.tls.queued()
     }
 
+    /// Encrypted bytes that the peer's kernel does not have for certain.
+    #[must_use]
+    pub fn unacknowledged(&self) -> i64 {
+        self.queued() as i64 + i64::from(self.socket().queued().unwrap_or(0))
+    }
+
     /// Sends everything; returns how long it waited for the socket.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::fd::{AsFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -92,6 +92,8 @@ pub struct Demand {
     userfaultfd: RwLock<Option<Userfaultfd>>,
     waiting: Mutex<Waiting>,
     installed: AtomicU64,
+    /// Nobody reads messages any more.
+    unattended: AtomicBool,
 }
 
 impl Demand {
@@ -131,8 +133,14 @@ impl Demand {
             userfaultfd: RwLock::new(Some(trap.userfaultfd)),
             waiting: Mutex::new(Waiting::default()),
             installed: AtomicU64::new(0),
+            unattended: AtomicBool::new(false),
             memory,
         })
+    }
+
+    /// The thread that reads messages ends: who waits for it to read them must not wait on.
+    pub fn leave(&self) {
+        self.unattended.store(true, Relaxed);
     }
 
     /// Whether the block is paged on demand.
@@ -198,6 +206,9 @@ impl Demand {
             loop {
                 match demand.try_piece(page, count, data, by)? {
                     Tried::Done(done) => return Ok(done),
+                    Tried::Again if demand.unattended.load(Relaxed) => {
+                        return Err(StreamError::closed("the fault service has ended"));
+                    }
                     Tried::Again => std::thread::sleep(AGAIN),
                 }
             }

@@ -65,6 +65,9 @@ impl<'a> Faults<'a> {
     pub fn run(mut self) {
         hurry_this_thread();
         self.serve();
+        if let Some(demand) = self.inside.demand.get() {
+            demand.leave();
+        }
         self.inside.released(Err(StreamError::Refused(
             "the fault service has ended".into(),
         )));

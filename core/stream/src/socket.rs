@@ -86,7 +86,8 @@ impl Socket {
     }
 
     /// Bytes sent that the peer's kernel has not acknowledged.
-    fn queued(&self) -> Option<i32> {
+    #[must_use]
+    pub fn queued(&self) -> Option<i32> {
         const TIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
         // SAFETY: SIOCOUTQ (the same number) writes one int.
         let call = unsafe { rustix::ioctl::Getter::<TIOCOUTQ, i32>::new() };
