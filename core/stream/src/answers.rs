@@ -24,7 +24,7 @@ const NEIGHBOURS: usize = 15;
 /// They are looked for this far behind it.
 const NEAR: u32 = 64;
 /// Bulk waits while a request is younger than this, since the next one is likely to follow.
-const QUIET: Duration = Duration::from_micros(500);
+pub const QUIET: Duration = Duration::from_micros(500);
 /// But no piece of it longer than this, or a guest that faults all the time would never get rid of
 /// its source.
 const HOLD: Duration = Duration::from_micros(700);
@@ -92,19 +92,19 @@ impl Post {
         self.tell(|state| state.end = true);
     }
 
-    /// Holds a bulk thread back while somebody waits for a page; returns how long.
-    pub fn give_way(&self) -> Duration {
+    /// Holds a bulk thread back while somebody waits for a page, and for `quiet` after the last
+    /// request; returns how long.
+    pub fn give_way(&self, quiet: Duration) -> Duration {
         let start = Instant::now();
         loop {
             let held = start.elapsed();
             let last = self.last.load(SeqCst);
-            let quiet = last == 0
-                || self
-                    .start
-                    .elapsed()
-                    .saturating_sub(Duration::from_nanos(last))
-                    > QUIET;
-            if held > HOLD || quiet && !self.busy.load(SeqCst) {
+            let idle = self
+                .start
+                .elapsed()
+                .saturating_sub(Duration::from_nanos(last));
+            let is_quiet = last == 0 || idle > quiet;
+            if held > HOLD || is_quiet && !self.busy.load(SeqCst) {
                 return held;
             }
             std::thread::sleep(HOLD_STEP);

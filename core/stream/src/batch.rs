@@ -138,7 +138,7 @@ impl Bulk {
         &mut self,
         shared: &Shared,
         pages: &[PageId],
-        beside: Option<(&Post, usize)>,
+        beside: Option<(&Post, usize, Duration)>,
     ) -> Result<(), StreamError> {
         let Some(first) = pages.first() else {
             return Ok(());
@@ -176,10 +176,10 @@ impl Bulk {
         self.channel.send_built(built)?;
         shared.counters.add_pages(kept, length, encoding);
         let mut gave_way = Duration::ZERO;
-        if let Some((post, piece)) = beside {
+        if let Some((post, piece, quiet)) = beside {
             blocked += self
                 .channel
-                .flush_pieces(piece, || gave_way += post.give_way())?;
+                .flush_pieces(piece, || gave_way += post.give_way(quiet))?;
         } else if self.channel.queued() >= WRITE {
             blocked += self.channel.flush()?;
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ferry_pages::{Memory, PageId, PageSet};
 
 use crate::StreamError;
-use crate::answers::{Answers, Post};
+use crate::answers::{Answers, Post, QUIET};
 use crate::batch::Bulk;
 use crate::channel::{Channel, Patience, unexpected};
 use crate::frame::{Head, Kind, MAX_PAGES, MAX_RUNS, Run};
@@ -318,10 +318,12 @@ impl Sender {
                 self.shared.link.store((link * 1000.0) as u64, Relaxed);
             }
             let piece = (window / streams / 2).clamp(PIECE.0, PIECE.1);
-            let pages = if piece == PIECE.1 {
-                MAX_PAGES
+            // Where the link holds that much nothing queues in it: after an answer the next fault
+            // need not be awaited, and a whole batch takes no longer than one.
+            let (pages, quiet) = if piece == PIECE.1 {
+                (MAX_PAGES, Duration::ZERO)
             } else {
-                BESIDE_PAGES
+                (BESIDE_PAGES, QUIET)
             };
             let mut order = post.order.lock().expect("nobody panics inside");
             order.next(&post.unsent, pages, &mut batch);
@@ -329,7 +331,7 @@ impl Sender {
             if batch.is_empty() {
                 break;
             }
-            bulk.send(&self.shared, &batch, Some((post, piece)))?;
+            bulk.send(&self.shared, &batch, Some((post, piece, quiet)))?;
         }
         bulk.settle(&self.shared)
     }
