@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Generator
-from pathlib import Path
 
 import pytest
 from tests.faults.stage import Stage
+from tests.lab.conftest import machine
 
-from vmferry.errors import FerryError
-from vmferry.lab import downloads
 from vmferry.lab.lab import Lab
 
 Play = Callable[[Callable[[Stage], Coroutine[None, None, None]]], None]
-
-
-@pytest.fixture(scope="session")
-def machine() -> None:
-    """Everything that a lab needs is there (downloaded now, if need be)."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: a lab makes network namespaces, bridges and taps")
-    if not Path("/dev/net/tun").exists():
-        pytest.skip("needs /dev/net/tun")
-    try:
-        downloads.fetch()
-    except FerryError as error:
-        pytest.skip(f"the lab's downloads failed: {error}")
 
 
 class _Theatre:
@@ -67,3 +51,6 @@ def play(machine: None) -> Generator[Play]:
         theatre = _Theatre(runner)
         yield theatre.play
         theatre.close()
+
+
+__all__ = ["machine"]
